@@ -1,0 +1,54 @@
+"""Changes as data, and what carries them out."""
+
+from liveweight.adjustments.activations import STREAM, ActivationState
+from liveweight.adjustments.adjustment import Active, Adjustment, State, effective, state_hash
+from liveweight.adjustments.folding import fold
+from liveweight.adjustments.footprint import first_layer
+from liveweight.adjustments.ops import (
+    Ablate,
+    ActivationOp,
+    BiasRouter,
+    Clamp,
+    Dense,
+    Entries,
+    Gain,
+    LowRank,
+    MixHeads,
+    Op,
+    ScaleHeads,
+    ScaleNeurons,
+    ScalePaths,
+    Steer,
+    WeightOp,
+    op_from,
+)
+from liveweight.adjustments.weights import WeightState
+
+__all__ = [
+    "STREAM",
+    "Ablate",
+    "ActivationOp",
+    "ActivationState",
+    "Active",
+    "Adjustment",
+    "BiasRouter",
+    "Clamp",
+    "Dense",
+    "Entries",
+    "Gain",
+    "LowRank",
+    "MixHeads",
+    "Op",
+    "ScaleHeads",
+    "ScaleNeurons",
+    "ScalePaths",
+    "State",
+    "Steer",
+    "WeightOp",
+    "WeightState",
+    "effective",
+    "first_layer",
+    "fold",
+    "op_from",
+    "state_hash",
+]

@@ -1,0 +1,210 @@
+"""One new token at a time, as fast as memory gives the weights.
+
+Owns the key-value cache of one generation and the step that extends it. Two ways do the same sum:
+
+- `ModuleDecoder` calls the model, whatever its architecture, with every hook that is on it;
+- `DirectDecoder` does the Llama family's step (Llama, Mistral, Qwen2, Qwen3) itself, for one sequence and no active
+  hook: matrix times vector on the live weights, a cache that is written in place, nothing built that is not needed.
+
+Knows nothing of sampling, of chats, or of when weights change: its owner drops a decoder whose weights are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from liveweight.engines.replay import unembed
+from liveweight.sites import ModelSites
+
+_DIRECT = ("llama", "mistral", "qwen2", "qwen3")
+_CHUNK = 512  # tokens of a prompt that are read in one go, so that a change never waits for a long prompt
+
+
+class Decoder(Protocol):
+    """Extends one sequence. `tokens` is what it has read so far."""
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Read some tokens and return the logits (vocabulary,) after the last of them."""
+        ...
+
+
+class ModuleDecoder:
+    """Decodes by calling the model."""
+
+    def __init__(self, model: PreTrainedModel, sites: ModelSites) -> None:
+        """Begin an empty sequence."""
+        self._model, self._sites = model, sites
+        self.cache = DynamicCache(config=model.config)
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Read some tokens and return the logits (vocabulary,) after the last of them."""
+        ids = torch.tensor([list(tokens)], device=self._sites.embed.weight.device)  # type: ignore[arg-type]
+        output = self._model.base_model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        return unembed(self._model, self._sites, output.last_hidden_state[0, -1])
+
+
+class DirectDecoder:
+    """Decodes a Llama-like model without its modules; a prompt still goes through them."""
+
+    @staticmethod
+    def fits(model: PreTrainedModel, sites: ModelSites) -> bool:
+        """Whether this model's step is the one written here."""
+        config = model.config
+        if config.model_type not in _DIRECT or sites.embed.weight.device.type != "cpu":
+            return False
+        windows = getattr(config, "layer_types", None) or []
+        plain = all(kind == "full_attention" for kind in windows) and not getattr(config, "sliding_window", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        return (
+            plain
+            and rope.get("rope_type", "default") in ("default", "llama3", "linear")
+            and not getattr(config, "final_logit_softcapping", None)
+        )
+
+    def __init__(self, model: PreTrainedModel, sites: ModelSites) -> None:
+        """Begin an empty sequence."""
+        self._model, self._sites = model, sites
+        self._length = 0
+        self._room = 0
+        self._keys: list[Tensor] = []  # a layer: (1, kv_heads, room, head_dim)
+        self._values: list[Tensor] = []
+        config = model.config
+        self._eps = float(config.rms_norm_eps)
+        self._scale = float(sites.head_dim**-0.5)
+        self._rotary = model.base_model.rotary_emb
+        self._blocks = [_block(sites, layer) for layer in range(sites.layers)]
+        self._act = [sites.activation_function(layer) for layer in range(sites.layers)]
+        self.neurons: list[Tensor] = []  # of the last step, a layer: (neurons,)
+
+    def feed(self, tokens: Sequence[int]) -> Tensor:
+        """Read some tokens and return the logits (vocabulary,) after the last of them."""
+        if len(tokens) == 1 and self._length:
+            return self._step(tokens[0])
+        return self._read(tokens)
+
+    def _read(self, tokens: Sequence[int]) -> Tensor:
+        cache = DynamicCache(config=self._model.config)
+        if self._length:
+            for layer in range(self._sites.layers):
+                cache.update(
+                    self._keys[layer][:, :, : self._length], self._values[layer][:, :, : self._length], layer
+                )
+        output = self._model.base_model(input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True)
+        length = self._length + len(tokens)
+        self._grow(length, output.last_hidden_state.dtype)
+        for layer, filled in enumerate(cache.layers):
+            self._keys[layer][:, :, :length] = filled.keys
+            self._values[layer][:, :, :length] = filled.values
+        self._length = length
+        return unembed(self._model, self._sites, output.last_hidden_state[0, -1])
+
+    def _grow(self, length: int, dtype: torch.dtype) -> None:
+        if length < self._room:
+            return
+        room = max(256, 2 * length)
+        sites = self._sites
+        new = [torch.zeros(2, 1, sites.kv_heads, room, sites.head_dim, dtype=dtype) for _ in range(sites.layers)]
+        for layer in range(sites.layers if self._keys else 0):
+            new[layer][0, :, :, : self._length] = self._keys[layer][:, :, : self._length]
+            new[layer][1, :, :, : self._length] = self._values[layer][:, :, : self._length]
+        self._keys = [pair[0] for pair in new]
+        self._values = [pair[1] for pair in new]
+        positions = torch.arange(room)[None]
+        cos, sin = self._rotary(torch.zeros(1, 1, 1, dtype=dtype), positions)
+        half = cos.shape[-1] // 2
+        self._cos = cos[0]  # (room, head_dim)
+        # rotate_half(x)·sin = roll(x, half)·sin with the first half's sign turned
+        self._sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+        self._half = half
+        self._room = room
+
+    def _step(self, token: int) -> Tensor:
+        sites = self._sites
+        position = self._length
+        self._grow(position + 1, self._keys[0].dtype)
+        cos, sin = self._cos[position], self._sin[position]
+        heads, kv_heads, size = sites.heads, sites.kv_heads, sites.head_dim
+        groups = heads // kv_heads
+        eps, width = self._eps, (sites.width,)
+        hidden = sites.embed.weight[token]  # type: ignore[index]
+        self.neurons = []
+        for layer, block in enumerate(self._blocks):
+            x = F.rms_norm(hidden, width, block.attn_norm, eps)
+            q = block.q(x).view(heads, size)
+            k = block.k(x).view(kv_heads, size)
+            if block.q_norm is not None:
+                q = F.rms_norm(q, (size,), block.q_norm, eps)
+                k = F.rms_norm(k, (size,), block.k_norm, eps)
+            q = q * cos + torch.roll(q, self._half, 1) * sin
+            k = k * cos + torch.roll(k, self._half, 1) * sin
+            keys, values = self._keys[layer], self._values[layer]
+            keys[0, :, position] = k
+            values[0, :, position] = block.v(x).view(kv_heads, size)
+            # The query heads that share a key head stand as that head's queries: no key is repeated.
+            mixed = F.scaled_dot_product_attention(
+                q.view(1, kv_heads, groups, size),
+                keys[:, :, : position + 1],
+                values[:, :, : position + 1],
+                scale=self._scale,
+            )
+            hidden = hidden + block.o(mixed.reshape(-1))
+            x = F.rms_norm(hidden, width, block.mlp_norm, eps)
+            neurons = self._act[layer](block.gate(x)) * block.up(x)  # type: ignore[misc]
+            self.neurons.append(neurons)
+            hidden = hidden + block.down(neurons)
+        self._length = position + 1
+        final = F.rms_norm(hidden, width, sites.final_norm.weight, eps)  # type: ignore[arg-type]
+        return torch.mv(sites.lm_head.weight, final)  # type: ignore[arg-type]
+
+
+class _Linear:
+    """Matrix times vector on a live parameter; the parameter is written in place, so this never goes stale."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        bias = getattr(module, "bias", None)
+        self.bias: Tensor | None = None if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.mv(self.weight, x) if self.bias is None else torch.addmv(self.bias, self.weight, x)
+
+
+class _Block:
+    """One block's parts, looked up once."""
+
+    __slots__ = ("attn_norm", "down", "gate", "k", "k_norm", "mlp_norm", "o", "q", "q_norm", "up", "v")
+
+
+def _block(sites: ModelSites, layer: int) -> _Block:
+    block = _Block()
+    source = sites.blocks[layer]
+    attention, mlp = source.self_attn, source.mlp
+    for name in ("q", "k", "v", "o"):
+        setattr(block, name, _Linear(getattr(attention, f"{name}_proj")))  # type: ignore[arg-type]
+    for name in ("gate", "up", "down"):
+        setattr(block, name, _Linear(getattr(mlp, f"{name}_proj")))  # type: ignore[arg-type]
+    block.attn_norm = source.input_layernorm.weight.detach()  # type: ignore[operator,union-attr]
+    block.mlp_norm = source.post_attention_layernorm.weight.detach()  # type: ignore[operator,union-attr]
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    block.q_norm, block.k_norm = (None if norm is None else norm.weight.detach() for norm in norms)
+    return block
+
+
+def decoder(model: PreTrainedModel, sites: ModelSites, *, direct: bool) -> Decoder:
+    """A decoder for a new sequence; `direct` allows the fast way where it fits."""
+    if direct and DirectDecoder.fits(model, sites):
+        return DirectDecoder(model, sites)
+    return ModuleDecoder(model, sites)
+
+
+def chunks(tokens: Sequence[int]) -> list[Sequence[int]]:
+    """A prompt in the pieces that are read between two looks at the gate."""
+    return [tokens[start : start + _CHUNK] for start in range(0, len(tokens), _CHUNK)]

@@ -1,0 +1,371 @@
+"""The engine that runs a model with transformers and torch.
+
+Owns one loaded model: the state its weights and hooks are in, the gate before them, and what can be asked of it
+(tokens, scores, traces, replays). Knows nothing of why a state is wished for, of ledgers or of people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from liveweight.adjustments import ActivationState, Active, State, WeightState, state_hash
+from liveweight.engines.base import Message, ModelInfo, Objective, Sampling, Score, ScoreItem, Token, Trace, Version
+from liveweight.engines.chat_format import ChatFormat, TextStream
+from liveweight.engines.decoding import Decoder, DirectDecoder, chunks, decoder
+from liveweight.engines.gate import Gate, GateMode
+from liveweight.engines.model_source import LoadedModel
+from liveweight.engines.replay import Replay, record, unembed
+from liveweight.errors import InvalidInput, Unsupported
+from liveweight.sites import model_sites
+
+_ROWS = 32  # sequences of one scoring batch
+
+
+class TransformersEngine:
+    """Runs one model and makes it be the state it is told. Safe to use from several threads."""
+
+    def __init__(
+        self, loaded: LoadedModel, *, gate: GateMode = "refresh", system: str | None = None, threads: int | None = None
+    ) -> None:
+        """Take the model as the base. `system` is the system prompt of chats without one."""
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = loaded.model
+        self.loaded = loaded
+        self.sites = model_sites(loaded.model)
+        self.format = ChatFormat(loaded.tokenizer, loaded.model, system)
+        self.gate = Gate(gate)
+        self.weights = WeightState(self.sites)
+        self.activations = ActivationState(self.sites)
+        self._state: State = ()
+        self._info = self._describe()
+        self._version = Version(0, self._hash(()))
+        self._numbers = {self._version.hash: 0}  # a state that comes back has its number back
+
+    # --------------------------------------------------------------------------------------------------- state
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the model is."""
+        return self._info
+
+    @property
+    def version(self) -> Version:
+        """Which state the weights are in."""
+        return self._version
+
+    @property
+    def state(self) -> State:
+        """The state that the model is in."""
+        return self._state
+
+    def become(self, state: State) -> Version:
+        """Make the model be `state`: between two steps, all or nothing. Raises as WeightState.become does."""
+        with self.gate.change():
+            self._move(state)
+            self._state = state
+            digest = self._hash(state)
+            self._version = Version(self._numbers.setdefault(digest, len(self._numbers)), digest)
+            return self._version
+
+    @contextmanager
+    def preview(self, state: State) -> Iterator[None]:
+        """Be `state` inside the block; no other step runs meanwhile, and the version does not change."""
+        with self.gate.step():
+            try:
+                self._move(state)
+                yield
+            finally:
+                self._move(self._state)
+
+    def check(self, state: State) -> None:
+        """Raises as `become` would where an op does not fit this model, touching nothing."""
+        self.weights.check(state)
+        self.activations.check(state)
+
+    def survival(self, active: Active) -> float:
+        """The share of an adjustment's changed entries that survive rounding to the model's dtype."""
+        with self.gate.step():
+            return self.weights.survival(active)
+
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of every tensor's bytes as they are now, by parameter name."""
+        with self.gate.step():
+            return {
+                name: hashlib.sha256(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()).hexdigest()
+                for name, parameter in self.model.named_parameters()
+            }
+
+    def _move(self, state: State) -> None:
+        self.activations.check(state)
+        self.weights.become(state)
+        self.activations.become(state)
+
+    def _hash(self, state: State) -> str:
+        return hashlib.sha256(f"{self.loaded.hash}:{state_hash(state)}".encode()).hexdigest()
+
+    def _describe(self) -> ModelInfo:
+        model, sites, config = self.model, self.sites, self.model.config
+        parameter = next(model.parameters())
+        return ModelInfo(
+            name=self.loaded.source.name,
+            source=str(self.loaded.source),
+            hash=self.loaded.hash,
+            architecture=sites.architecture,
+            layers=sites.layers,
+            width=sites.width,
+            neurons=sites.neurons,
+            heads=sites.heads,
+            vocabulary=int(sites.embed.weight.shape[0]),  # type: ignore[union-attr,index,arg-type]
+            parameters=sum(each.numel() for each in model.parameters()),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            device=str(parameter.device),
+            tied_embeddings=sites.tied,
+            experts=sites.experts,
+            chat_template=self.format.has_template,
+            gradients=True,
+            context=int(getattr(config, "max_position_embeddings", 0) or 0),
+            notes=sites.notes,
+        )
+
+    # ------------------------------------------------------------------------------------------------ tokens
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """A chat as the tokens that the model answers to."""
+        return self.format.encode(messages)
+
+    def generate(
+        self, messages: Sequence[Message], sampling: Sampling | None = None, *, watch: Sequence[str] = ()
+    ) -> Iterator[Token]:
+        """Answer a chat, token by token; see `continue_from`."""
+        return self.continue_from(self.encode(messages), sampling, watch=watch)
+
+    def continue_from(
+        self, prompt: Sequence[int], sampling: Sampling | None = None, *, watch: Sequence[str] = ()
+    ) -> Iterator[Token]:
+        """Continue a prompt given as tokens.
+
+        When the weights change on the way, the cache of keys and values is filled anew (`refresh`) or the change waits
+        (`drain`). `watch` names activation sites whose value at each step comes with the token. Closing the iterator
+        stops the generation. Raises InvalidInput for a prompt that is too long.
+        """
+        sampling = sampling or Sampling()
+        room = self._info.context - len(prompt) if self._info.context else sampling.max_tokens
+        if room < 1:
+            raise InvalidInput(
+                f"The prompt has {len(prompt)} tokens, and the model's context has {self._info.context}.",
+                hint="Shorten the chat, or begin a new one.",
+            )
+        if not prompt:
+            raise InvalidInput("The prompt has no tokens.", hint="Give some text.")
+        points = [self.sites.activation(site) for site in watch]
+        return self._tokens(list(prompt), sampling, min(room, sampling.max_tokens), [p.site for p in points])
+
+    def _tokens(self, ids: list[int], sampling: Sampling, most: int, watch: list[str]) -> Iterator[Token]:
+        generator = torch.Generator().manual_seed(sampling.seed) if sampling.seed is not None else torch.Generator()
+        if sampling.seed is None:
+            generator.seed()
+        stream, said, made = TextStream(self.format), "", 0
+        prompt_length = len(ids)
+        running: Decoder | None = None
+        version, fed = self._version, 0
+        self.gate.begin_generation()
+        try:
+            while made < most:
+                with self.gate.step(), self.activations.prompt(prompt_length), torch.inference_mode():
+                    if running is None or version != self._version:
+                        running = self._decoder(watch)
+                        version, fed = self._version, 0
+                    piece = chunks(ids[fed:])[0]
+                    values: dict[str, Tensor] = {}
+                    logits = self._feed(running, piece, watch, values)
+                    fed += len(piece)
+                    if fed < len(ids):
+                        continue
+                    token, logprob = _choose(logits, sampling, generator)
+                ids.append(token)
+                made += 1
+                ended = token in self.format.end_tokens
+                text = "" if ended else stream.push(token)
+                said += text
+                stop = next((word for word in sampling.stop if word in said), None)
+                if stop is not None:
+                    text = text[: max(0, len(text) - (len(said) - said.index(stop)))]
+                finish = "stop" if ended or stop is not None else "length" if made == most else ""
+                yield Token(token, text, logprob, version, finish, values)  # type: ignore[arg-type]
+                if finish:
+                    return
+        finally:
+            self.gate.end_generation()
+
+    def _decoder(self, watch: list[str]) -> Decoder:
+        direct = not self.activations.hooks and all(site.endswith(".mlp.neurons") for site in watch)
+        return decoder(self.model, self.sites, direct=direct)
+
+    def _feed(self, running: Decoder, piece: Sequence[int], watch: list[str], values: dict[str, Tensor]) -> Tensor:
+        if not watch:
+            return running.feed(piece)
+        with ExitStack() as hooks:
+            for site in watch:
+                # The direct way calls no module when it decodes, and leaves its neurons behind instead.
+                handle = self.sites.activation(site).on(
+                    lambda value, site=site: values.__setitem__(site, value[0, -1].detach())  # type: ignore[misc]
+                )
+                hooks.callback(handle.remove)
+            logits = running.feed(piece)
+        if isinstance(running, DirectDecoder) and len(piece) == 1 and running.neurons:
+            for site in watch:
+                values[site] = running.neurons[int(site.split(".")[1])]
+        return logits
+
+    # --------------------------------------------------------------------------------------------- measuring
+
+    def score(self, items: Sequence[ScoreItem]) -> list[Score]:
+        """Teacher-forced log-probabilities of continuations, in batches of like length."""
+        found: dict[int, Score] = {}
+        order = sorted(range(len(items)), key=lambda i: len(items[i].prompt) + len(items[i].continuation))
+        for start in range(0, len(order), _ROWS):
+            batch = order[start : start + _ROWS]
+            for index, logits in zip(batch, self._answer_logits([items[i] for i in batch]), strict=True):
+                logprobs = logits.float().log_softmax(-1)
+                tokens = torch.tensor(items[index].continuation, device=logits.device)
+                chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+                found[index] = Score(tokens.cpu(), chosen.cpu(), logprobs.argmax(-1).cpu())
+        return [found[index] for index in range(len(items))]
+
+    def _answer_logits(self, items: Sequence[ScoreItem]) -> Iterator[Tensor]:
+        """(T, vocabulary) at the positions that predict each continuation."""
+        for item in items:
+            if len(item.prompt) < 2 or not item.continuation:
+                raise InvalidInput(
+                    "A scored item needs a prompt of two tokens or more and a continuation.",
+                    hint="Score a chat, or put a beginning-of-text token first.",
+                )
+        replay = self.record([[*item.prompt, *item.continuation] for item in items], [len(i.prompt) - 1 for i in items])
+        for row, item in enumerate(items):
+            with self.gate.step(), torch.inference_mode():
+                yield unembed(self.model, self.sites, replay.final[row, : len(item.continuation)])
+
+    def record(
+        self,
+        rows: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        *,
+        layers: Sequence[int] = (),
+        neurons: Sequence[int] = (),
+    ) -> Replay:
+        """Run a batch once under the present weights, keeping what trials need; see `replay.record`."""
+        with self.gate.step(), torch.no_grad():
+            return record(
+                self.model, self.sites, rows, starts, layers=layers, neurons=neurons, pad=self.format.pad_token
+            )
+
+    def unembed(self, final: Tensor) -> Tensor:
+        """Logits (…, vocabulary) of what leaves the final norm (…, width)."""
+        return unembed(self.model, self.sites, final)
+
+    def trace(self, tokens: Sequence[int], sites: Sequence[str], gradient_of: Objective | None = None) -> Trace:
+        """Read sites on one forward pass and, with an objective, its gradient at them on one backward pass.
+
+        With an objective, `tokens` is the prompt, the answer is appended, and the margin is summed at the answer's
+        positions: of the answer over `against` where the two part, else of each of its tokens over the runner-up.
+        Values and gradients are (T, size) over all tokens, answer included. Weights, hooks and random state are left
+        as they were. Raises UnknownSite.
+        """
+        ids = [*tokens, *(gradient_of.answer if gradient_of else ())]
+        if not ids:
+            raise InvalidInput("There is nothing to trace.", hint="Give some tokens.")
+        points = [self.sites.activation(site) for site in sites]
+        kept: dict[str, Tensor] = {}
+
+        def keep(site: str, value: Tensor) -> Tensor | None:
+            if gradient_of is None:
+                kept[site] = value
+                return None
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()  # the first site on the way: gradients stop below it
+            value.retain_grad()
+            kept[site] = value
+            return value
+
+        with self.gate.step(), torch.set_grad_enabled(gradient_of is not None), ExitStack() as hooks:
+            for point in points:
+                handle = point.on(lambda value, site=point.site: keep(site, value))  # type: ignore[misc]
+                hooks.callback(handle.remove)
+            device = self.sites.embed.weight.device
+            output = self.model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)  # type: ignore[arg-type]
+            gradients: dict[str, Tensor] = {}
+            value = None
+            if gradient_of is not None:
+                margin = self._margin(output.last_hidden_state[0], len(tokens), gradient_of)
+                margin.backward()  # type: ignore[no-untyped-call]
+                value = float(margin.detach())
+                gradients = {
+                    site: (found.grad if found.grad is not None else torch.zeros_like(found))[0].float().cpu()
+                    for site, found in kept.items()
+                }
+            values: Mapping[str, Tensor] = {site: found.detach()[0].float().cpu() for site, found in kept.items()}
+        return Trace(tuple(ids), values, gradients, value, self._version)
+
+    def _margin(self, final: Tensor, prompt: int, objective: Objective) -> Tensor:
+        answer, against = objective.answer, objective.against
+        if not answer:
+            raise InvalidInput("The objective has no answer.", hint="Give the answer's tokens.")
+        logits = self.unembed(final[prompt - 1 : prompt - 1 + len(answer)]).float()
+        if not against:
+            chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+            others = logits.detach().scatter(
+                1, torch.tensor(answer, device=logits.device)[:, None], float("-inf")
+            )
+            return (chosen - logits.gather(1, others.argmax(-1, keepdim=True))[:, 0]).sum()
+        apart = next((i for i, (a, b) in enumerate(zip(answer, against, strict=False)) if a != b), None)
+        if apart is None:
+            raise InvalidInput(
+                "The two answers begin alike, so there is no margin between them.", hint="Give two different answers."
+            )
+        return logits[apart, answer[apart]] - logits[apart, against[apart]]
+
+
+def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, float]:
+    """The next token of (vocabulary,) logits and its log-probability under the model."""
+    logprobs = logits.float().log_softmax(-1)
+    if sampling.temperature == 0.0:
+        token = int(logprobs.argmax())
+        return token, float(logprobs[token])
+    if sampling.temperature < 0.0:
+        raise InvalidInput(f"The temperature cannot be {sampling.temperature}.", hint="Give 0 or more.")
+    scaled = (logprobs / sampling.temperature).softmax(-1).cpu()
+    if sampling.top_k:
+        floor = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
+        scaled = torch.where(scaled < floor, 0.0, scaled)
+    if sampling.top_p < 1.0:
+        ordered, order = scaled.sort(descending=True)
+        # A token stays while the likelier ones before it have not filled the mass yet.
+        drop = (ordered.cumsum(0) - ordered) / ordered.sum() >= sampling.top_p
+        scaled[order[drop]] = 0.0
+    token = int(torch.multinomial(scaled, 1, generator=generator))
+    return token, float(logprobs[token])
+
+
+def load_engine(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    gate: GateMode = "refresh",
+    system: str | None = None,
+    threads: int | None = None,
+    progress: bool = True,
+) -> TransformersEngine:
+    """Find, load and wrap a model by name. Raises ModelNotFound, ModelUnusable or UnsupportedArchitecture."""
+    from liveweight.engines.model_source import load, resolve
+
+    source = resolve(name, revision=revision)
+    loaded = load(source, dtype=dtype, device=device, progress=progress)
+    return TransformersEngine(loaded, gate=gate, system=system, threads=threads)

@@ -1,0 +1,18 @@
+"""One naming of places over every architecture: where to read, where to write."""
+
+from liveweight.sites.architectures import ARCHITECTURES, Architecture, Piece
+from liveweight.sites.model_sites import ModelSites, Norm, model_sites
+from liveweight.sites.points import ActivationPoint
+from liveweight.sites.views import Region, WeightView
+
+__all__ = [
+    "ARCHITECTURES",
+    "ActivationPoint",
+    "Architecture",
+    "ModelSites",
+    "Norm",
+    "Piece",
+    "Region",
+    "WeightView",
+    "model_sites",
+]

@@ -1,0 +1,116 @@
+"""A folded op is the same function as the op, at every strength; where it would not be, there is no fold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from liveweight.adjustments import (
+    STREAM,
+    Ablate,
+    ActivationState,
+    Active,
+    Adjustment,
+    BiasRouter,
+    Clamp,
+    Dense,
+    Gain,
+    MixHeads,
+    Op,
+    Steer,
+    WeightState,
+    fold,
+)
+from liveweight.errors import InvalidInput, UnknownSite
+from liveweight.sites import ModelSites, model_sites
+from tiny_models import ARCHITECTURES, HEADS, WIDTH, logits_of, tiny_model, tiny_tokens
+
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expect_same_function(op: Op, sites: ModelSites) -> None:
+    folded = fold(op, sites)
+    assert folded is not None
+    tokens, plain = tiny_tokens(), logits_of(sites.model, tiny_tokens())
+    activations, weights = ActivationState(sites), WeightState(sites)
+    for strength in (1.0, 0.4, -1.0):
+        activations.become((Active(Adjustment(name="op", method="test", ops=(op,)), strength),))
+        hooked = logits_of(sites.model, tokens)
+        activations.become(())
+        with weights.preview((Active(Adjustment(name="folded", method="test", ops=folded), strength),)):
+            assert torch.allclose(logits_of(sites.model, tokens), hooked, atol=5e-5), strength
+        assert not torch.allclose(hooked, plain, atol=1e-4)
+
+
+@every_architecture
+def test_a_gain_without_a_slope_is_a_scaled_column(name: str) -> None:
+    sites = model_sites(tiny_model(name))
+    expert = 2 if sites.experts_of(0) else None
+    gains, ones = torch.tensor([8.0, -3.0]), torch.ones(2)
+    expect_same_function(Gain(layer=0, neurons=(5, 1), gains=gains, slopes=ones, expert=expert), sites)
+    assert fold(Gain(layer=0, neurons=(5, 1), gains=gains, slopes=2 * ones, expert=expert), sites) is None
+
+
+@every_architecture
+def test_mixed_heads_are_another_output_projection(name: str) -> None:
+    expect_same_function(MixHeads(layer=1, matrix=randn(HEADS, HEADS)), model_sites(tiny_model(name)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("part", ["resid", "mlp.neurons", "attn.heads"])
+def test_a_constant_steering_is_a_bias_where_there_is_one(name: str, part: str) -> None:
+    sites = model_sites(tiny_model(name))
+    site = f"layers.1.{part}"
+    vector = randn(sites.activation(site).size)
+    expect_same_function(Steer(site=site, vector=vector, scale=0.7), sites)
+    assert fold(Steer(site=site, vector=vector, when="prompt"), sites) is None
+    assert fold(Steer(site=site, vector=vector, positions=(0,)), sites) is None
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "olmo2", "mixtral"])
+def test_a_constant_steering_does_not_fold_where_there_is_no_bias(name: str) -> None:
+    sites = model_sites(tiny_model(name))
+    assert fold(Steer(site="layers.1.resid", vector=randn(WIDTH)), sites) is None
+    assert fold(Steer(site="embed", vector=randn(WIDTH)), sites) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gpt_neox", "mixtral", "qwen3_moe", "olmoe"]
+)
+def test_an_ablated_stream_is_a_model_whose_writers_are_orthogonal(name: str) -> None:
+    expect_same_function(Ablate(site=STREAM, direction=3 * randn(WIDTH)), model_sites(tiny_model(name)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_tied", "gemma2", "gemma3_text", "olmo2"])
+def test_an_ablated_stream_does_not_fold_into_tied_embeddings_or_behind_norms(name: str) -> None:
+    assert fold(Ablate(site=STREAM, direction=randn(WIDTH)), model_sites(tiny_model(name))) is None
+
+
+def test_what_no_weight_can_say_does_not_fold_and_a_weight_op_is_itself() -> None:
+    sites = model_sites(tiny_model("mixtral"))
+    assert fold(Ablate(site="layers.1.resid", direction=randn(WIDTH)), sites) is None
+    assert fold(Clamp(layer=0, neurons=(1,), values=torch.ones(1), expert=0), sites) is None
+    assert fold(BiasRouter(layer=0, bias=torch.ones(5)), sites) is None
+    dense = Dense(site="final_norm.weight", delta=torch.ones(WIDTH))
+    assert fold(dense, sites) == (dense,)
+
+
+@pytest.mark.parametrize(
+    ("op", "error", "says"),
+    [
+        (Gain(layer=9, neurons=(0,), gains=torch.ones(1), slopes=torch.ones(1)), UnknownSite, "layer 9"),
+        (MixHeads(layer=0, matrix=torch.ones(3, 3)), InvalidInput, "3 heads"),
+        (Steer(site="layers.0.resid", vector=torch.ones(3)), InvalidInput, "3 entries"),
+        (Ablate(site="layers.0.resid", direction=torch.ones(3)), InvalidInput, "3 entries"),
+        (Ablate(site=STREAM, direction=torch.ones(3)), InvalidInput, "3 entries"),
+        (Ablate(site="nowhere", direction=torch.ones(3)), UnknownSite, "nowhere"),
+    ],
+)
+def test_an_op_that_does_not_fit_is_refused(op: Op, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        fold(op, model_sites(tiny_model("llama")))
