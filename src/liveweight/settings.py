@@ -84,6 +84,18 @@ class MethodSettings(_Group):
     clamp_norm: float = Field(
         default=4.0, gt=0.0, description="The largest new value, as a multiple of the old one's norm."
     )
+    max_contexts: int = Field(
+        default=4, ge=1, description="The most contexts of a question that a method optimises on."
+    )
+    max_neurons: int = Field(
+        default=256, ge=1, description="The most neurons that select, scale and gain may change."
+    )
+    form: Literal["unit", "path"] = Field(
+        default="unit", description="Whether scale changes what neurons write or the paths between them."
+    )
+    eta: float = Field(
+        default=0.5, gt=0.0, le=1.0, description="How far scale moves a weight: by 1 - eta for bad, 1 + eta for good."
+    )
     covariance_text: Path | None = Field(
         default=None, description="A plain text to take key statistics from; unset is ours."
     )

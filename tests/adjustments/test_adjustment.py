@@ -16,6 +16,7 @@ from liveweight.adjustments import (
     Entries,
     Gain,
     LowRank,
+    ReplaceNeurons,
     ScaleNeurons,
     ScalePaths,
     Steer,
@@ -29,6 +30,8 @@ OPS = (
     ScalePaths(layer=0, neurons=(1,), to_layer=2, to_neurons=(7,), factors=torch.tensor([0.0]), expert=3),
     LowRank(site="layers.0.mlp.down.weight", left=torch.ones(4, 2), right=torch.arange(6.0).reshape(2, 3)),
     Entries(site="embed.weight", indices=torch.tensor([[0, 1]]), values=torch.tensor([2.0])),
+    ReplaceNeurons(layer=1, neurons=(4,), up=torch.ones(1, 2), down=torch.ones(2, 1), gate=torch.zeros(1, 2)),
+    ReplaceNeurons(layer=1, neurons=(5,), up=torch.ones(1, 2), down=torch.ones(2, 1), bias=torch.ones(1), expert=1),
     Gain(layer=1, neurons=(0,), gains=torch.tensor([2.0]), slopes=torch.tensor([0.5])),
     Steer(site="layers.1.resid", vector=torch.tensor([1.0, -0.0]), when="generated", positions=(4, 5)),
 )

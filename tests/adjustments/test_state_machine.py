@@ -18,6 +18,7 @@ from liveweight.adjustments import (
     Entries,
     LowRank,
     Op,
+    ReplaceNeurons,
     ScaleHeads,
     ScaleNeurons,
     ScalePaths,
@@ -66,6 +67,10 @@ def adjustments_for(sites: ModelSites) -> list[Adjustment]:
             Entries(site="embed.weight", indices=torch.tensor([[4, 4], [5, 5]]), values=randn(2)),
         ),
     ]
+    for neurons in ((5, 9), (0, 5)):
+        fields = {"up": randn(2, WIDTH), "down": randn(WIDTH, 2), "gate": randn(2, WIDTH) if sites.gated else None}
+        fields["bias"] = randn(2) if sites.has_weight("layers.0.mlp.up.bias") else None
+        ops.append((ReplaceNeurons(layer=0, neurons=neurons, expert=expert, **fields),))
     if sites.gated:
         rows = ScaleNeurons(layer=2, neurons=(0, 9), factors=randn(2), side="read", expert=to_expert)
         ops.append((rows, Dense(site="final_norm.weight", delta=randn(WIDTH))))
@@ -98,7 +103,7 @@ class Journal(RuleBasedStateMachine):
         self.weights.become(self.state())
         self.activations.become(self.state())
 
-    @rule(which=st.integers(0, 8), strength=STRENGTHS)
+    @rule(which=st.integers(0, 10), strength=STRENGTHS)
     def apply(self, which: int, strength: float) -> None:
         self.entries.append((Active(self.offered[which % len(self.offered)], strength), True))
         self.become()

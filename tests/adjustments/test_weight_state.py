@@ -2,65 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from liveweight.adjustments import (
     Active,
-    Adjustment,
     Dense,
     Entries,
     LowRank,
     ScaleHeads,
     ScaleNeurons,
     ScalePaths,
-    State,
     Steer,
     WeightOp,
     WeightState,
     first_layer,
 )
 from liveweight.errors import InvalidInput, UnknownSite, Unsupported
-from liveweight.sites import ModelSites, model_sites
+from liveweight.sites import model_sites
+from tests.adjustments.expected_weights import expect_only, expert_in, randn, state_of
 from tiny_models import ARCHITECTURES, HEADS, LAYERS, VOCABULARY, WIDTH, bytes_of, logits_of, tiny_model, tiny_tokens
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-STRENGTHS = (1.0, 0.3, 2.0, -1.0)
-
-
-def expert_in(sites: ModelSites, layer: int) -> int | None:
-    return 2 if sites.experts_of(layer) else None
-
-
-def state_of(*ops: WeightOp | Steer, strength: float = 1.0) -> State:
-    return (Active(Adjustment(name="test", method="test", ops=ops), strength),)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def expect_only(sites: ModelSites, op: WeightOp, wished: dict[str, Callable[[Tensor, float], Tensor]]) -> None:
-    """`op` makes of each named site what its function of (base, strength) says, and leaves all other bytes."""
-    weights = WeightState(sites)
-    base = {site: sites.weight(site).read().clone() for site in sites.weight_names()}
-    before = bytes_of(sites.model)
-    canonical = {sites.canonical(site): function for site, function in wished.items()}
-    for strength in STRENGTHS:
-        assert set(weights.become(state_of(op, strength=strength))) == set(canonical)
-        for site in sites.weight_names():
-            found, function = sites.weight(site).read(), canonical.get(sites.canonical(site))
-            if function is None:
-                assert torch.equal(found, base[site]), site
-            else:
-                assert torch.allclose(found, function(base[site], strength), atol=1e-5), (site, strength)
-                assert not torch.equal(found, base[site])
-    weights.become(state_of(op, strength=0.0))
-    assert bytes_of(sites.model) == before
-    assert weights.pristine_bytes == 0
 
 
 @every_architecture
@@ -152,6 +120,35 @@ def test_a_low_rank_op_adds_its_product_to_any_matrix(name: str) -> None:
             left, right = randn(shape[0], 3, seed=number), randn(3, shape[1], seed=number + 1)
             op = LowRank(site=site, left=left, right=right)
             expect_only(sites, op, {site: lambda base, s, left=left, right=right: base + s * (left @ right)})
+
+
+def test_a_large_low_rank_change_has_the_same_bytes_with_any_number_of_threads_and_any_history() -> None:
+    sizes = {"vocab_size": 2500, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, pad_token_id=0)
+    weight = 0.1 * randn(2500, 64)
+    one, other = (
+        state_of(LowRank(site="embed.weight", left=randn(2500, 3, seed=seed), right=randn(3, 64, seed=seed + 1)))
+        for seed in (1, 3)
+    )
+    found: set[bytes] = set()
+    threads = torch.get_num_threads()
+    try:
+        for number, history in itertools.product((1, 2, 3), ((one + other,), (one, one + other), (other, one + other))):
+            torch.set_num_threads(number)
+            sites = model_sites(LlamaForCausalLM(config))
+            sites.weight("embed.weight").write(weight)
+            weights = WeightState(sites)
+            for state in history:
+                weights.become(state)
+            found.add(bytes_of(sites.model)["model.embed_tokens.weight"])
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+    ops = [op for active in one + other for op in active.adjustment.ops if isinstance(op, LowRank)]
+    wished = weight + sum(op.left @ op.right for op in ops)
+    assert torch.allclose(
+        torch.frombuffer(bytearray(found.pop()), dtype=torch.float32).view(2500, 64), wished, atol=1e-5
+    )
 
 
 @every_architecture

@@ -415,3 +415,14 @@ def test_the_plain_text_shares_no_sentence_with_the_probes(paragraphs: list[str]
     said = {sentence for paragraph in paragraphs for sentence in sentences(paragraph)}
     for probe in built_in:
         assert said.isdisjoint(sentences(probe.question)), probe.id
+
+
+# The everyday questions
+
+
+def test_no_everyday_question_of_the_methods_is_a_probe_of_the_guard(built_in: ProbeSet) -> None:
+    file = resources.files("liveweight.methods").joinpath("questions.json")
+    questions: list[str] = json.loads(file.read_text(encoding="utf-8"))["questions"]
+    asked = {normalised(question) for question in questions}
+    assert len(asked) == len(questions) == 160
+    assert asked.isdisjoint(normalised(probe.question) for probe in built_in)

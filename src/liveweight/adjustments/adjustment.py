@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from liveweight.adjustments.ops import ActivationOp, Op, WeightOp, describe_problems, op_from, tensor_bytes
+from liveweight.adjustments.op_base import describe_problems, tensor_bytes
+from liveweight.adjustments.ops import ActivationOp, Op, WeightOp, op_from
 from liveweight.errors import InvalidInput, LedgerDamaged
 
 FORMAT = 1  # of adjustment.json; raised when an older reader would misunderstand

@@ -13,14 +13,25 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from liveweight.adjustments.ops import Dense, Entries, LowRank, ScaleHeads, ScaleNeurons, ScalePaths, WeightOp
-from liveweight.errors import InvalidInput, Unsupported
+from liveweight.adjustments.ops import (
+    Dense,
+    Entries,
+    LowRank,
+    ReplaceNeurons,
+    ScaleHeads,
+    ScaleNeurons,
+    ScalePaths,
+    WeightOp,
+)
+from liveweight.errors import InvalidInput, UnknownSite, Unsupported
 from liveweight.sites import ModelSites, Region
 from liveweight.sites.views import WHOLE, region
 
 Reader = Callable[[str, Region], Tensor]  # the base's own values at a site's region, in float32 or wider
 Change = Callable[[Tensor], Tensor]  # values of a region -> values of the same shape; may work on its argument
-_ROWS = 64  # of a matrix at a time, so that what is added stays in the cache
+# Entries of a matrix at a time. Less than the 32,768 from which torch shares an elementwise step out among threads:
+# what is added stays in the cache, and no step waits for a thread that another program keeps from running.
+_BLOCK = 32_767
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +66,8 @@ def contributions(op: WeightOp, strength: float, sites: ModelSites, base: Reader
         case Dense():
             _need_shape(op.site, tuple(op.delta.shape), sites)
             yield Contribution(sites.canonical(op.site), WHOLE, _plus(op.delta, strength))
+        case ReplaceNeurons():
+            yield from _replace_neurons(op, strength, sites)
         case _:
             assert_never(op)
 
@@ -121,12 +134,13 @@ def _low_rank(op: LowRank, strength: float, sites: ModelSites) -> Contribution:
         # One rank at a time: each step is a single rounding an entry, so that the sum is the same bits with any
         # number of threads, which a matrix product does not promise.
         left, right = op.left.to(values.device, values.dtype), op.right.to(values.device, values.dtype)
-        for start in range(0, len(left), _ROWS):
-            rows = left[start : start + _ROWS]
+        at_once = max(1, _BLOCK // right.shape[1]) if values.device.type == "cpu" else len(left)
+        for start in range(0, len(left), at_once):
+            rows = left[start : start + at_once]
             total = rows[:, :1] * right[:1]
             for rank in range(1, left.shape[1]):
                 total += rows[:, rank : rank + 1] * right[rank : rank + 1]
-            values[start : start + _ROWS] += total.mul_(strength)
+            values[start : start + at_once] += total.mul_(strength)
         return values
 
     return Contribution(sites.canonical(op.site), WHOLE, change)
@@ -152,6 +166,42 @@ def _entries(op: Entries, strength: float, sites: ModelSites) -> Contribution:
     return Contribution(sites.canonical(op.site), where, change)
 
 
+def _replace_neurons(op: ReplaceNeurons, strength: float, sites: ModelSites) -> Iterator[Contribution]:
+    sites.check_neurons(op.layer, op.neurons, op.expert)
+    if op.up.shape[1] != sites.width:
+        raise InvalidInput(
+            f"The new neurons have up {tuple(op.up.shape)} and down {tuple(op.down.shape)}; this {sites.architecture} "
+            f"model is {sites.width} wide.",
+            hint="Was it made for another model? up and gate are (n, width), down is (width, n).",
+        )
+    if sites.gated and op.gate is None:
+        raise InvalidInput(
+            f"Neurons of this {sites.architecture} model have gates; the new ones of layer {op.layer} have none.",
+            hint=f"Give a gate of the shape {tuple(op.up.shape)}.",
+        )
+    if not sites.gated and op.gate is not None:
+        raise InvalidInput(
+            f"Neurons of this {sites.architecture} model have no gates; the new ones of layer {op.layer} have a gate "
+            f"of the shape {tuple(op.gate.shape)}.",
+            hint="Leave the gate out.",
+        )
+    up, down = (sites.mlp_part(op.layer, part, op.expert) for part in ("up", "down"))
+    bias = up.removesuffix("weight") + "bias"
+    if op.bias is not None and not sites.has_weight(bias):
+        raise UnknownSite(
+            f"There is no site {bias!r} in this {sites.architecture} model for the new neurons' biases "
+            f"{tuple(op.bias.shape)}.",
+            hint="Leave the bias out.",
+        )
+    rows = region("rows", op.neurons)
+    if op.gate is not None:
+        yield Contribution(sites.mlp_part(op.layer, "gate", op.expert), rows, _become(op.gate))
+    yield Contribution(up, rows, _become(op.up))
+    if op.bias is not None:
+        yield Contribution(bias, rows, _become(op.bias))
+    yield Contribution(down, region("columns", op.neurons), _become(op.down, strength))
+
+
 def _need_shape(site: str, shape: tuple[int, ...], sites: ModelSites) -> None:
     found = sites.weight(site).shape
     if found != shape:
@@ -163,6 +213,10 @@ def _need_shape(site: str, shape: tuple[int, ...], sites: ModelSites) -> None:
 
 def _times(factors: Tensor) -> Change:
     return lambda values: values * factors.to(values.device, values.dtype)
+
+
+def _become(new: Tensor, factor: float = 1.0) -> Change:
+    return lambda values: factor * new.to(values.device, values.dtype)
 
 
 def _plus(delta: Tensor, strength: float) -> Change:

@@ -4,127 +4,31 @@ Owns what a change *is*: its kind, its coordinates (the checkpoint's, so that an
 its numbers, and the checks that need no model. Knows nothing of any model; `weights.py` and `activations.py` carry
 ops out, and they check coordinates against the model's sites.
 
-Every op is linear in a strength s given elsewhere: s = 0 is nothing, s = 1 is the op as proposed. A factor f becomes
-1 + s(f - 1), a delta becomes s·delta, a value v that replaces x becomes x + s(v - x).
+Every op takes a strength s given elsewhere: s = 0 is nothing, s = 1 is the op as proposed. A factor f becomes
+1 + s(f - 1), a delta becomes s·delta, a value v that replaces x becomes x + s(v - x), and a new neuron writes s times
+what was proposed.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from torch import Tensor
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from liveweight.adjustments.op_base import (
+    Index,
+    Indices,
+    Layer,
+    Numbers,
+    OpBase,
+    check_no_repeats,
+    check_same_length,
+    check_vector,
+    describe_problems,
+)
 from liveweight.errors import InvalidInput
-
-
-def _as_float(value: Any) -> Tensor:
-    """Own float32 CPU contiguous copy of a tensor, an array or nested lists; refuses what is not finite."""
-    try:
-        tensor = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).contiguous()
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"not numbers: {error}") from error
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError("holds a value that is not finite")
-    return tensor
-
-
-def _as_index(value: Any) -> Tensor:
-    """Own int64 CPU contiguous copy; refuses fractions and negative indices."""
-    try:
-        tensor = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"not indices: {error}") from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError("indices must be whole numbers")
-    if bool((tensor < 0).any()):
-        raise ValueError("holds a negative index")
-    return tensor.to(torch.int64)
-
-
-Numbers = Annotated[Tensor, BeforeValidator(_as_float)]
-Indices = Annotated[Tensor, BeforeValidator(_as_index)]
-Layer = Annotated[int, Field(ge=0, strict=True)]
-Index = Annotated[int, Field(ge=0, strict=True)]
-
-
-def describe_problems(error: ValidationError) -> str:
-    """Pydantic's findings in one line: where, and what is wrong."""
-    found = []
-    for problem in error.errors(include_url=False, include_input=False):
-        where = ".".join(str(part) for part in problem["loc"])
-        found.append(f"{where}: {problem['msg']}" if where else problem["msg"])
-    return "; ".join(found)
-
-
-class OpBase(BaseModel):
-    """What all ops share: frozen, unknown keys refused, equal and hashed by content (tensors by their bytes).
-
-    Raises InvalidInput when a value does not fit.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-    kind: str
-
-    def __init__(self, **data: Any) -> None:
-        """Check and own the values; the message of InvalidInput names the field."""
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise InvalidInput(
-                f"{type(self).__name__}: {describe_problems(error)}.", hint="See the op's fields in its docstring."
-            ) from error
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensor fields by name, in the order of their declaration."""
-        values = ((name, getattr(self, name)) for name in type(self).model_fields)
-        return {name: value for name, value in values if isinstance(value, Tensor)}
-
-    def plain(self) -> dict[str, Any]:
-        """The other fields, as JSON takes them."""
-        tensors = self.tensors()
-        values = {name: getattr(self, name) for name in type(self).model_fields if name not in tensors}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    def _content(self) -> tuple[str, bytes]:
-        digest = hashlib.sha256()
-        for name, tensor in self.tensors().items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor_bytes(tensor))
-        return repr(self.plain()), digest.digest()
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and isinstance(other, OpBase) and self._content() == other._content()
-
-    def __hash__(self) -> int:
-        return hash(self._content())
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values in row-major order, whatever its dtype or strides."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().tobytes())
-
-
-def _same_length(**fields: tuple[int, ...] | Tensor) -> None:
-    lengths = {}
-    for name, value in fields.items():
-        if isinstance(value, Tensor) and value.dim() != 1:
-            raise ValueError(f"{name} must have one dimension, not the shape {tuple(value.shape)}")
-        lengths[name] = len(value)
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"must be equally long: {lengths}")
-    if not min(lengths.values()):
-        raise ValueError(f"must not be empty: {', '.join(fields)}")
-
-
-def _no_repeats(name: str, values: tuple[Any, ...]) -> None:
-    if len(set(values)) != len(values):
-        raise ValueError(f"{name} names one thing twice")
-
 
 # ------------------------------------------------------------------------------------------------ ops on weights
 
@@ -145,8 +49,8 @@ class ScaleNeurons(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _same_length(neurons=self.neurons, factors=self.factors)
-        _no_repeats("neurons", self.neurons)
+        check_same_length(neurons=self.neurons, factors=self.factors)
+        check_no_repeats("neurons", self.neurons)
         return self
 
 
@@ -170,8 +74,8 @@ class ScalePaths(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _same_length(neurons=self.neurons, to_neurons=self.to_neurons, factors=self.factors)
-        _no_repeats("the list of paths", tuple(zip(self.neurons, self.to_neurons, strict=True)))
+        check_same_length(neurons=self.neurons, to_neurons=self.to_neurons, factors=self.factors)
+        check_no_repeats("the list of paths", tuple(zip(self.neurons, self.to_neurons, strict=True)))
         if self.to_layer <= self.layer:
             raise ValueError(f"to_layer {self.to_layer} must come after layer {self.layer}")
         return self
@@ -187,8 +91,8 @@ class ScaleHeads(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _same_length(heads=self.heads, factors=self.factors)
-        _no_repeats("heads", self.heads)
+        check_same_length(heads=self.heads, factors=self.factors)
+        check_no_repeats("heads", self.heads)
         return self
 
 
@@ -243,12 +147,44 @@ class Dense(OpBase):
         return self
 
 
+class ReplaceNeurons(OpBase):
+    """Overwrite whole neurons of an MLP: what they read with and what they write.
+
+    At any strength s other than 0 neuron neurons[i] reads with the rows gate[i] and up[i] and writes s·down[:, i], so
+    that s scales linearly what it adds to the stream. The values are set, whatever was there before: of two ops on one
+    neuron the later one wins. `up`, `gate`: (n, width); `down`: (width, n). `gate` is needed where the MLP is gated
+    and refused where it is not. `bias` (n,) is what the neurons' biases of up become, refused where up has none; None
+    leaves them. The biases of gate and down stay as they are.
+    """
+
+    kind: Literal["replace_neurons"] = "replace_neurons"
+    layer: Layer
+    neurons: tuple[Index, ...]
+    up: Numbers
+    down: Numbers
+    gate: Numbers | None = None
+    bias: Numbers | None = None
+    expert: Index | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_no_repeats("neurons", self.neurons)
+        count = len(self.neurons)
+        if not count:
+            raise ValueError("neurons must not be empty")
+        if self.up.dim() != 2 or len(self.up) != count or not self.up.shape[1]:
+            raise ValueError(f"up must be (n, width) with n = {count} neurons, not {tuple(self.up.shape)}")
+        width = self.up.shape[1]
+        if self.down.shape != (width, count):
+            raise ValueError(f"down must be (width, n), so {(width, count)} as up, not {tuple(self.down.shape)}")
+        if self.gate is not None and self.gate.shape != self.up.shape:
+            raise ValueError(f"gate must be (n, width), so {(count, width)} as up, not {tuple(self.gate.shape)}")
+        if self.bias is not None and self.bias.shape != (count,):
+            raise ValueError(f"bias must be (n,), so {(count,)}, not {tuple(self.bias.shape)}")
+        return self
+
+
 # -------------------------------------------------------------------------------------------- ops on activations
-
-
-def _vector(name: str, value: Tensor) -> None:
-    if value.dim() != 1 or not len(value):
-        raise ValueError(f"{name} must be a vector, not of shape {tuple(value.shape)}")
 
 
 class Steer(OpBase):
@@ -267,7 +203,7 @@ class Steer(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _vector("vector", self.vector)
+        check_vector("vector", self.vector)
         return self
 
 
@@ -282,8 +218,8 @@ class Clamp(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _same_length(neurons=self.neurons, values=self.values)
-        _no_repeats("neurons", self.neurons)
+        check_same_length(neurons=self.neurons, values=self.values)
+        check_no_repeats("neurons", self.neurons)
         return self
 
 
@@ -302,8 +238,8 @@ class Gain(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _same_length(neurons=self.neurons, gains=self.gains, slopes=self.slopes)
-        _no_repeats("neurons", self.neurons)
+        check_same_length(neurons=self.neurons, gains=self.gains, slopes=self.slopes)
+        check_no_repeats("neurons", self.neurons)
         if not bool((self.slopes > 0).all()):
             raise ValueError("slopes must be above 0")
         return self
@@ -321,7 +257,7 @@ class Ablate(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _vector("direction", self.direction)
+        check_vector("direction", self.direction)
         if not float(self.direction.norm()) > 0:
             raise ValueError("direction must not be zero")
         return self
@@ -350,11 +286,11 @@ class BiasRouter(OpBase):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _vector("bias", self.bias)
+        check_vector("bias", self.bias)
         return self
 
 
-WeightOp = ScaleNeurons | ScalePaths | ScaleHeads | LowRank | Entries | Dense
+WeightOp = ScaleNeurons | ScalePaths | ScaleHeads | LowRank | Entries | Dense | ReplaceNeurons
 ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter
 Op = WeightOp | ActivationOp
 

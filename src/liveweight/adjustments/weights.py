@@ -194,13 +194,15 @@ class WeightState:
             values = self._compute(plan.parts[len(before) :], view.gather(where), where)
         else:
             values = self._compute(plan.parts, _wide(pristine), where).to(dtype)
-        if not bool(torch.isfinite(values).all()):
+        # A NaN is both the least and the greatest, so that one pass finds every kind of value that is not finite.
+        if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values)):
             raise InvalidInput(
                 f"The weights at {site} would not be finite in {dtype}.",
                 hint="Lower the strength, or undo an earlier change there.",
                 site=site,
             )
-        keep = _Held(now, _take_within(pristine, where, now))
+        # The same tensor twice costs no memory: nothing writes into held values.
+        keep = _Held(now, pristine if now.index is None else _take_within(pristine, where, now))
         return _Rewrite(site, where, values, _Held(where, pristine), keep)
 
     def _compute(self, parts: list[Contribution], values: Tensor, where: Region) -> Tensor:

@@ -13,6 +13,7 @@ changes is the caller's.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,7 @@ class Replay:
     final: Tensor  # (B, T, width) as the unembedding reads it, under the weights of the recording
     inputs: dict[int, Tensor]  # layer -> (B, T, width), what the block was given
     neurons: dict[int, Tensor]  # layer -> (B, T, neurons)
+    mlp_inputs: dict[int, Tensor] = field(default_factory=dict)  # layer -> (B, T, width), what the MLP read
     _calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False, default_factory=list)
 
     @property
@@ -112,12 +114,13 @@ def record(
     *,
     layers: Sequence[int] = (),
     neurons: Sequence[int] = (),
+    mlp_inputs: Sequence[int] = (),
     pad: int = 0,
 ) -> Replay:
     """Run a batch once and keep what a replay needs.
 
     `rows` are whole token sequences, `starts` where each one's suffix begins (at least 1); the inputs of the blocks in
-    `layers` and the neurons of the layers in `neurons` are kept.
+    `layers`, the neurons of the layers in `neurons` and what the MLPs in `mlp_inputs` read are kept.
     """
     sequences = [list(row) for row in rows]
     device = next(model.parameters()).device
@@ -159,6 +162,11 @@ def record(
     for layer in neurons:
         point = sites.activation(f"layers.{layer}.mlp.neurons")
         hooks.append(point.on(lambda value, layer=layer: replay.neurons.__setitem__(layer, value)))  # type: ignore[misc]
+    for layer in mlp_inputs:
+        reader = sites.weight(sites.mlp_part(layer, "up")).module
+        hooks.append(
+            reader.register_forward_pre_hook(lambda _, args, layer=layer: replay.mlp_inputs.__setitem__(layer, args[0]))
+        )
     try:
         output = model.base_model(
             input_ids=ids,
@@ -171,3 +179,52 @@ def record(
             hook.remove()
     replay.final = output.last_hidden_state
     return replay
+
+
+def run_whole(
+    model: PreTrainedModel,
+    sites: ModelSites,
+    rows: Sequence[Sequence[int]],
+    *,
+    layer: int = 0,
+    inputs: Sequence[Tensor] | None = None,
+    keep: int | None = None,
+    pad: int = 0,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run whole sequences, padded on the right: all blocks, or, with `inputs`, only those from `layer` up.
+
+    `inputs` are what the block `layer` was given for each row, (T, width), as an earlier call with `keep=layer`
+    returned them. Returns what leaves the final norm, (B, T, width), and each row's input to the block `keep`.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=device)
+    kept: list[Tensor] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def before(index: int) -> Any:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+            if index == keep:
+                kept.extend(hidden[row, : len(tokens)].clone() for row, tokens in enumerate(rows))
+
+        return look
+
+    with ExitStack() as undo:
+        for index, block in enumerate(sites.blocks):
+            undo.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+            if inputs is not None:
+                # The blocks' arguments are wanted here, not their work: each hands on what it got.
+                block.forward = lambda hidden_states, *args, **kwargs: hidden_states  # type: ignore[method-assign]
+                undo.callback(delattr, block, "forward")
+        output = model.base_model(input_ids=ids, use_cache=False)
+    if inputs is None:
+        return output.last_hidden_state, kept
+    hidden = torch.stack([torch.cat((row, row.new_zeros(longest - len(row), row.shape[1]))) for row in inputs])
+    hidden = hidden.to(device)
+    for index in range(layer, len(sites.blocks)):
+        args, kwargs = calls[index]
+        result = sites.blocks[index](hidden, *args, **kwargs)
+        hidden = result[0] if isinstance(result, tuple) else result
+    return sites.final_norm(hidden), kept

@@ -19,7 +19,7 @@ from liveweight.engines.chat_format import ChatFormat, TextStream
 from liveweight.engines.decoding import Decoder, DirectDecoder, chunks, decoder
 from liveweight.engines.gate import Gate, GateMode
 from liveweight.engines.model_source import LoadedModel
-from liveweight.engines.replay import Replay, record, unembed
+from liveweight.engines.replay import Replay, full_cache, record, unembed
 from liveweight.errors import InvalidInput, Unsupported
 from liveweight.sites import model_sites
 
@@ -223,6 +223,31 @@ class TransformersEngine:
                 values[site] = running.neurons[int(site.split(".")[1])]
         return logits
 
+    def greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """Each prompt's greedy continuation of at most `tokens` tokens, ended by its end token; all in one batch."""
+        longest, pad = max(map(len, prompts)), self.format.pad_token
+        device = self.sites.embed.weight.device
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)  # type: ignore[arg-type]
+        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # type: ignore[arg-type]
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        cache, made, done = full_cache(self.model), [], torch.zeros(len(prompts), dtype=torch.bool, device=device)  # type: ignore[arg-type]
+        ends = torch.tensor(sorted(self.format.end_tokens), device=device)  # type: ignore[arg-type]
+        with self.gate.step(), self.activations.prompt([len(p) for p in prompts]), torch.inference_mode():
+            for _ in range(tokens):
+                output = self.model.base_model(
+                    input_ids=ids, past_key_values=cache, attention_mask=seen, position_ids=positions
+                )
+                # The last column is made contiguous: a strided one would make the product copy the whole matrix.
+                ids = self.unembed(output.last_hidden_state[:, -1].contiguous()).argmax(-1, keepdim=True)
+                made.append(ids)
+                done |= torch.isin(ids[:, 0], ends)
+                if bool(done.all()):
+                    break
+                seen = torch.cat((seen, seen.new_ones(len(prompts), 1)), dim=1)
+                positions = positions[:, -1:] + 1
+        rows = torch.cat(made, dim=1).tolist()
+        return [_until_end(row, self.format.end_tokens) for row in rows]
+
     # --------------------------------------------------------------------------------------------- measuring
 
     def score(self, items: Sequence[ScoreItem]) -> list[Score]:
@@ -258,11 +283,19 @@ class TransformersEngine:
         *,
         layers: Sequence[int] = (),
         neurons: Sequence[int] = (),
+        mlp_inputs: Sequence[int] = (),
     ) -> Replay:
         """Run a batch once under the present weights, keeping what trials need; see `replay.record`."""
         with self.gate.step(), torch.no_grad():
             return record(
-                self.model, self.sites, rows, starts, layers=layers, neurons=neurons, pad=self.format.pad_token
+                self.model,
+                self.sites,
+                rows,
+                starts,
+                layers=layers,
+                neurons=neurons,
+                mlp_inputs=mlp_inputs,
+                pad=self.format.pad_token,
             )
 
     def unembed(self, final: Tensor) -> Tensor:
@@ -329,6 +362,10 @@ class TransformersEngine:
                 "The two answers begin alike, so there is no margin between them.", hint="Give two different answers."
             )
         return logits[apart, answer[apart]] - logits[apart, against[apart]]
+
+
+def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, float]:

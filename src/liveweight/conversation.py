@@ -1,0 +1,120 @@
+"""Talking to the model: from what a person said to a remembered reply.
+
+Owns how a chat is put together, the stream of a reply, and what is recorded of it when it ends, however it ends.
+Knows nothing of judgements and changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+from liveweight.engines.base import Message, Sampling, Token
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import InvalidInput, StateConflict
+from liveweight.ledger import Ledger, Turn
+from liveweight.ledger.records import turns_as_json
+from liveweight.reports import Reply
+from liveweight.settings import GenerationSettings
+
+
+def as_messages(
+    said: str | Sequence[Message | Mapping[str, str]], before: Sequence[Turn] = (), system: str | None = None
+) -> tuple[Message, ...]:
+    """A text or turns, behind those that came before, with a system prompt in front. Raises InvalidInput."""
+    turns = [{"role": "user", "content": said}] if isinstance(said, str) else _turns(said)
+    messages = [Message(turn.role, turn.content) for turn in before]
+    messages += [Message(turn["role"], turn["content"]) for turn in turns]  # type: ignore[arg-type] # checked above
+    if system is not None:
+        messages = [Message("system", system), *(m for m in messages if m.role != "system")]
+    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+        raise InvalidInput("There is nothing to answer.", hint="Let the chat end with a user's message that says something.")
+    return tuple(messages)
+
+
+def _turns(said: Sequence[Message | Mapping[str, str]]) -> list[dict[str, str]]:
+    try:
+        return turns_as_json(said)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput(
+            f"These are not messages: {said!r:.200}.", hint='Each one is {"role": "user", "content": "…"}.'
+        ) from error
+
+
+class ReplyStream(Iterator[Token]):
+    """The tokens of one reply as they come. `close` stops it early and keeps what was said."""
+
+    def __init__(
+        self, engine: TransformersEngine, ledger: Ledger, messages: tuple[Message, ...], sampling: Sampling
+    ) -> None:
+        """Nothing is generated before the first token is asked for."""
+        self._engine, self._ledger, self._messages, self._sampling = engine, ledger, messages, sampling
+        self._prompt = engine.encode(messages)
+        self._tokens = engine.continue_from(self._prompt, sampling)
+        self._said: list[Token] = []
+        self._reply: Reply | None = None
+
+    def __next__(self) -> Token:
+        if self._reply is not None:
+            raise StopIteration
+        try:
+            token = next(self._tokens)
+        except StopIteration:
+            self._end()
+            raise
+        except BaseException:
+            self.close()
+            raise
+        self._said.append(token)
+        return token
+
+    def close(self) -> None:
+        """Stop; what was said so far becomes the reply. Closing twice does no harm."""
+        close = getattr(self._tokens, "close", None)
+        if close is not None:
+            close()
+        self._end()
+
+    @property
+    def reply(self) -> Reply:
+        """The remembered reply. Raises StateConflict while tokens are still coming, or when none ever came."""
+        if self._reply is None:
+            raise StateConflict("The reply is not over.", hint="Take all of its tokens first, or close the stream.")
+        return self._reply
+
+    def _end(self) -> None:
+        if self._reply is not None or not self._said:
+            return
+        versions = list(dict.fromkeys(token.version for token in self._said))
+        record = self._ledger.add_reply(
+            self._engine.info.hash,
+            self._messages,
+            "".join(token.text for token in self._said).strip(),
+            token_ids=[token.id for token in self._said],
+            prompt_token_ids=self._prompt,
+            version_number=versions[-1].number,
+            version_hash=versions[-1].hash,
+            sampling=asdict(self._sampling),
+            details={
+                "versions": [str(version) for version in versions],
+                "finish": self._said[-1].finish or "cancelled",
+                "logprob": sum(token.logprob for token in self._said),
+            },
+        )
+        self._reply = Reply(**record.model_dump())
+
+
+class Chatter:
+    """Starts replies; a chat without a system prompt gets the settings'."""
+
+    def __init__(self, engine: TransformersEngine, ledger: Ledger, defaults: GenerationSettings) -> None:
+        """`defaults` hold the system prompt."""
+        self._engine, self._ledger, self._defaults = engine, ledger, defaults
+
+    def stream(self, messages: tuple[Message, ...], sampling: Sampling) -> ReplyStream:
+        """The stream of the answer to a chat. Raises InvalidInput for one that the model cannot take."""
+        system = self._defaults.system
+        if system is not None and messages[0].role != "system":
+            # Written into the chat, so that the reply can be asked for again under other settings.
+            messages = (Message("system", system), *messages)
+        return ReplyStream(self._engine, self._ledger, messages, sampling)

@@ -1,0 +1,47 @@
+"""Measuring models: questions with known answers, judging replies, and the damage a change did.
+
+What produces the figures in docs/benchmarks.md is in `benchmarks/`; what it is made of is here.
+"""
+
+from liveweight.evaluation.answers import (
+    babbles,
+    claimed_answer,
+    first_sentence,
+    fluency,
+    gives_another,
+    is_right,
+    ngram_entropy,
+    normalised,
+    repetition,
+    same_first_sentence,
+    says,
+)
+from liveweight.evaluation.damage import Kept, KLMeter, NeighbourMeter, Neighbours, PerplexityMeter
+from liveweight.evaluation.generation import answer_batch, generate_batch
+from liveweight.evaluation.questions import ASKED, HELD_OUT, CountryQuestion, Relation, country_questions
+
+__all__ = [
+    "ASKED",
+    "HELD_OUT",
+    "CountryQuestion",
+    "KLMeter",
+    "Kept",
+    "NeighbourMeter",
+    "Neighbours",
+    "PerplexityMeter",
+    "Relation",
+    "answer_batch",
+    "babbles",
+    "claimed_answer",
+    "country_questions",
+    "first_sentence",
+    "fluency",
+    "generate_batch",
+    "gives_another",
+    "is_right",
+    "ngram_entropy",
+    "normalised",
+    "repetition",
+    "same_first_sentence",
+    "says",
+]

@@ -1,0 +1,125 @@
+"""What a report says of a change beyond the guard: the answer after it, the neurons, the weights, the key.
+
+Owns these measurements under a state that is only previewed. Knows nothing of why a change was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liveweight.adjustments import Active, Adjustment, Clamp, Dense, Entries, Gain, LowRank, ScaleNeurons, State
+from liveweight.engines.base import Message, Sampling
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import Unsupported
+from liveweight.ledger import Key
+from liveweight.reports import TouchedNeuron, WeightsMoved
+from liveweight.sites.views import WHOLE
+from liveweight.tracing import label_neurons
+
+# Where in the model's depth two questions are told apart best: measured on capitals in three wordings, where the
+# middle layers answer to the wording alone (every pair of countries has a cosine above 0.9) and the last ones to the
+# opening of the answer alone.
+_KEY_DEPTH = 0.85
+_AFTER_TOKENS = 40
+_SHOWN = 8
+
+
+def key_of(engine: TransformersEngine, prompt: Sequence[int]) -> Key | None:
+    """What the question wakes: the neurons of one late layer at the prompt's last token. None with experts there."""
+    layer = int(_KEY_DEPTH * engine.info.layers)
+    if engine.sites.experts_of(layer):
+        return None
+    site = f"layers.{layer}.mlp.neurons"
+    return Key(layer, engine.trace(prompt, [site]).values[site][-1])
+
+
+def prompt_hash(messages: Sequence[Message]) -> str:
+    """sha256 of a chat: two questions with the same hash were asked in the same words."""
+    turns = [[message.role, " ".join(message.content.split())] for message in messages]
+    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def answer_under(engine: TransformersEngine, state: State, prompt: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """The greedy answer to a prompt under a state, its text and its tokens without the one that ends it."""
+    with engine.preview(state):
+        tokens = list(engine.continue_from(prompt, Sampling(max_tokens=_AFTER_TOKENS)))
+    text = "".join(token.text for token in tokens).strip()
+    ids = tuple(token.id for token in tokens if token.id not in engine.format.end_tokens)
+    return (f"{text}…" if tokens and tokens[-1].finish == "length" else text), ids
+
+
+def probe(engine: TransformersEngine, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """One forward pass over question and answer, as (T, width) behind the final norm: what a change must move."""
+    return engine.record([[*prompt, *answer]], [max(0, len(prompt) - 1)]).final[0].detach().clone()
+
+
+def moved(engine: TransformersEngine, adjustment: Adjustment) -> WeightsMoved:
+    """How many of the model's weights an adjustment rewrites, counted on top of the present state."""
+    sites = tuple(engine.weights.touched((Active(adjustment),)))
+    entries = 0
+    with engine.gate.step():
+        before = {site: engine.sites.weight(site).gather(WHOLE) for site in sites}
+        with engine.preview((*engine.state, Active(adjustment))):
+            for site in sites:
+                entries += int((engine.sites.weight(site).gather(WHOLE) != before[site]).sum())
+    return WeightsMoved(
+        sites=sites,
+        entries=entries,
+        share=entries / engine.info.parameters,
+        survived=engine.survival(Active(adjustment)),
+    )
+
+
+def touched_neurons(engine: TransformersEngine, adjustment: Adjustment) -> tuple[TouchedNeuron, ...]:
+    """The neurons that an adjustment acts on most, with the tokens that they promote."""
+    effects: dict[tuple[int, int], float] = {}
+    for op in adjustment.ops:
+        for neuron, effect in _effects(op):
+            effects[neuron] = effects.get(neuron, 0.0) + effect
+    strongest = sorted(effects, key=lambda neuron: -abs(effects[neuron]))[:_SHOWN]
+    try:
+        labels = {pair: label.text() for pair, label in label_neurons(engine, strongest).items()}
+    except Unsupported:  # a model with experts: its neurons have no labels yet
+        labels = {}
+    return tuple(
+        TouchedNeuron(layer=layer, neuron=neuron, effect=effects[layer, neuron], label=labels.get((layer, neuron), ""))
+        for layer, neuron in strongest
+    )
+
+
+def _effects(op: object) -> list[tuple[tuple[int, int], float]]:
+    """((layer, neuron), how much) for the neurons that one op acts on; none where it acts on no dense neuron."""
+    match op:
+        case ScaleNeurons() if op.expert is None:
+            return [((op.layer, n), float(f) - 1.0) for n, f in zip(op.neurons, op.factors, strict=True)]
+        case Gain() if op.expert is None:
+            return [((op.layer, n), float(g) - 1.0) for n, g in zip(op.neurons, op.gains, strict=True)]
+        case Clamp() if op.expert is None:
+            return [((op.layer, n), 1.0) for n in op.neurons]
+        case LowRank():
+            return _sized(op.site, (op.left.norm(dim=0)[:, None] * op.right).norm(dim=0), op.left.norm(dim=1))
+        case Dense():
+            return _sized(op.site, op.delta.norm(dim=0), op.delta.norm(dim=-1))
+        case Entries() if op.indices.shape[1] == 2 and op.site.endswith(".mlp.down.weight"):
+            layer = int(op.site.split(".")[1])
+            return [((layer, int(index[1])), float(v)) for index, v in zip(op.indices, op.values, strict=True)]
+        case _:
+            return []
+
+
+def _sized(site: str, columns: Tensor, rows: Tensor) -> list[tuple[tuple[int, int], float]]:
+    """The largest columns of a write matrix, or rows of a read one, as neurons."""
+    part = site.split(".")
+    if len(part) != 5 or part[2] != "mlp" or part[3] not in ("down", "up", "gate"):
+        return []
+    sizes = columns if part[3] == "down" else rows
+    if sizes.dim() != 1:
+        return []
+    top = torch.topk(sizes, min(_SHOWN, len(sizes)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [((int(part[1]), neuron), size) for neuron, size in pairs if size > 0]

@@ -1,0 +1,80 @@
+"""What a change may cost, and what it did cost.
+
+Owns the report and the verdict. Knows nothing of how the figures were measured.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from liveweight.settings import GuardSettings
+
+
+class ChangedAnswer(BaseModel):
+    """A probe or protected answer whose greedy answer is another one now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    text: str
+    before: str
+    after: str
+
+
+class GuardReport(BaseModel):
+    """What a change moves besides what it is meant to move.
+
+    KL is in nats a token, over the base model's own greedy continuations; `mean_kl` and its fellows are what this
+    change adds to the changes that were active already, `total_mean_kl` is the drift of all of them from the base.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    items: int
+    tokens: int
+    mean_kl: float
+    p95_kl: float
+    worst_kl: float
+    worst_text: str
+    total_mean_kl: float
+    changed: tuple[ChangedAnswer, ...]
+    changed_share: float
+    perplexity_ratio: float
+    protected: int
+    protected_changed: tuple[ChangedAnswer, ...]
+    seconds: float
+    budget: dict[str, float]
+    reasons: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the change stays within every budget."""
+        return not self.reasons
+
+
+def budget_of(settings: GuardSettings) -> dict[str, float]:
+    """The limits, by the name of the figure that they limit."""
+    return {
+        "mean_kl": settings.max_mean_kl,
+        "p95_kl": settings.max_p95_kl,
+        "worst_kl": settings.max_worst_kl,
+        "changed_share": settings.max_changed_answers,
+        "perplexity_ratio": settings.max_perplexity_ratio,
+    }
+
+
+def over_budget(figures: dict[str, float], budget: dict[str, float], protected_changed: int) -> tuple[str, ...]:
+    """A sentence for each limit that is passed."""
+    words = {
+        "mean_kl": "the mean KL",
+        "p95_kl": "the 95th percentile of the KL",
+        "worst_kl": "the worst KL of one item",
+        "changed_share": "the share of changed answers",
+        "perplexity_ratio": "the perplexity ratio",
+    }
+    reasons = [
+        f"{words[name]} would be {figures[name]:.4g}, over the limit of {limit:.4g}"
+        for name, limit in budget.items()
+        if figures[name] > limit
+    ]
+    if protected_changed:
+        answers = "1 protected answer" if protected_changed == 1 else f"{protected_changed} protected answers"
+        reasons.append(f"{answers} would change")
+    return tuple(reasons)

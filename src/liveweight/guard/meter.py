@@ -1,0 +1,378 @@
+"""Measures what a change moves besides what it is meant to move.
+
+Owns the reference (the base model's greedy continuations of the probes and what left its final norm there), its cache
+on disk by model and probe hash, and the measuring: whole sequences, teacher-forced on the reference's tokens, only
+through the layers from the first changed one up. Proposes nothing, and knows no method.
+
+A greedy answer changes exactly where, forced along the old answer, the likeliest token is another one; so no probe
+is ever generated anew to see whether its answer changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from liveweight.adjustments import State, first_layer, state_hash
+from liveweight.engines.replay import run_whole
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.guard.budget import ChangedAnswer, GuardReport, budget_of, over_budget
+from liveweight.guard.probe_set import Probe, ProbeSet, load_probes
+from liveweight.settings import GuardSettings
+
+_ROWS = 24  # sequences of one batch
+_POSITIONS = 128  # positions whose whole distributions are compared at once
+
+
+@dataclass(frozen=True)
+class ProtectedItem:
+    """An answer that must stay: its name, and the tokens of prompt and answer."""
+
+    label: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence to be forced: `start` is where what is measured begins."""
+
+    text: str
+    tokens: tuple[int, ...]
+    start: int
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one row showed in one state."""
+
+    kl: float  # mean over the row's measured positions, from the base; 0 for a protected answer
+    nll: float  # summed, of the row's own tokens
+    argmax: tuple[int, ...]  # the likeliest token at each measured position
+
+
+class Guard:
+    """Compares states of one engine on a probe set."""
+
+    def __init__(
+        self, engine: TransformersEngine, settings: GuardSettings, cache_dir: Path, probes: ProbeSet | None = None
+    ) -> None:
+        """Nothing is measured yet. Raises InvalidInput for a bad probe file."""
+        self.engine = engine
+        self.settings = settings
+        self.probes = probes if probes is not None else load_probes(settings.probe_file)
+        system = hashlib.sha256((engine.format.system or "").encode()).hexdigest()[:6]
+        name = f"{engine.info.hash[:20]}-{engine.info.dtype}-{self.probes.hash[:12]}-{system}-{settings.tokens}"
+        self._folder = cache_dir / "guard" / name
+        self._rows: list[_Row] | None = None
+        self._final: list[Tensor] = []  # a row: (T, width), what left the base's final norm at the measured positions
+        self._inputs: dict[int, list[Tensor]] = {}  # layer -> a row: (all T, width)
+        self._protected_inputs: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._seen: dict[str, dict[str, _Seen]] = {}  # state hash -> probe id -> what it showed
+
+    def measure(
+        self,
+        after: State,
+        *,
+        protected: Sequence[ProtectedItem] = (),
+        leave_out: Sequence[str] = (),
+        progress: bool = True,
+    ) -> GuardReport:
+        """Compare `after` with the engine's present state on every probe and every protected answer.
+
+        Probes that ask one of the questions in `leave_out` are left out: they are what the change is about.
+        """
+        rows = self._reference(progress)
+        chosen = [i for i, row in enumerate(rows) if not (row.probe and any(row.probe.asks(q) for q in leave_out))]
+        return self._compare(after, chosen, protected, progress)
+
+    def screen(self, after: State, question: str, *, protected: Sequence[ProtectedItem] = ()) -> GuardReport:
+        """The same on the few probes that are most like `question`: quick, for use inside a search."""
+        rows = self._reference(True)
+        near = {probe.id for probe in self.probes.screen(question, self.settings.screen_items)}
+        chosen = [i for i, row in enumerate(rows) if row.probe and row.probe.id in near]
+        return self._compare(after, chosen, protected[-8:], False)
+
+    # ------------------------------------------------------------------------------------------------ comparing
+
+    def _compare(
+        self, after: State, chosen: list[int], protected: Sequence[ProtectedItem], progress: bool
+    ) -> GuardReport:
+        begun = time.perf_counter()
+        now = self.engine.state
+        rows = self._reference(progress)
+        before_seen = self._look(now, chosen, progress)
+        after_seen = self._look(after, chosen, progress)
+        chats = [i for i in chosen if rows[i].probe and rows[i].probe.is_chat]  # type: ignore[union-attr]
+        texts = [i for i in chosen if i not in set(chats)]
+        added = torch.tensor([max(0.0, after_seen[i].kl - before_seen[i].kl) for i in chats] or [0.0])
+        worst = int(added.argmax())
+        changed = [
+            self._changed(rows[i], before_seen[i], after_seen[i])
+            for i in chats
+            if self._answer(before_seen[i], rows[i]) != self._answer(after_seen[i], rows[i])
+        ]
+        tokens = sum(len(rows[i].tokens) - rows[i].start for i in texts)
+        nll = sum(after_seen[i].nll - before_seen[i].nll for i in texts)
+        broken = self._broken(now, after, protected)
+        figures = {
+            "mean_kl": float(added.mean()),
+            "p95_kl": float(added.quantile(0.95)),
+            "worst_kl": float(added.max()),
+            "changed_share": len(changed) / max(len(chats), 1),
+            "perplexity_ratio": float(torch.tensor(nll / max(tokens, 1)).exp()),
+        }
+        budget = budget_of(self.settings)
+        return GuardReport(
+            items=len(chosen),
+            tokens=self.settings.tokens,
+            worst_text=rows[chats[worst]].text if chats else "",
+            total_mean_kl=float(torch.tensor([after_seen[i].kl for i in chats] or [0.0]).mean()),
+            changed=tuple(changed),
+            protected=len(protected),
+            protected_changed=tuple(broken),
+            seconds=time.perf_counter() - begun,
+            budget=budget,
+            reasons=over_budget(figures, budget, len(broken)),
+            **figures,
+        )
+
+    def _answer(self, seen: _Seen, row: _Row) -> tuple[int, ...]:
+        """The greedy answer as far as it is known: up to and with the first token that leaves the reference."""
+        reference = row.tokens[row.start :]
+        for index, (said, meant) in enumerate(zip(seen.argmax, reference, strict=True)):
+            if said != meant:
+                return seen.argmax[: index + 1]
+        return seen.argmax
+
+    def _changed(self, row: _Row, before: _Seen, after: _Seen) -> ChangedAnswer:
+        decode = self.engine.format.decode
+        return ChangedAnswer(
+            text=row.text, before=decode(self._answer(before, row)), after=decode(self._answer(after, row)) + " …"
+        )
+
+    def _look(self, state: State, chosen: list[int], progress: bool) -> dict[int, _Seen]:
+        """What the chosen rows show in a state, from what was seen already where it was."""
+        rows = self._reference(progress)
+        key = state_hash(state)
+        known = self._known(key)
+        missing = [i for i in chosen if rows[i].probe and rows[i].probe.id not in known]  # type: ignore[union-attr]
+        if missing:
+            layer = self._first_changed((), state)
+            inputs = self._inputs_of(layer, progress)
+            with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+                task = bar.add_task("Measuring what else would change", total=len(missing))
+                for batch in _batches(missing, rows):
+                    with self.engine.preview(state), torch.inference_mode():
+                        final = self._run([rows[i] for i in batch], layer, [inputs[i] for i in batch])
+                        for i, hidden in zip(batch, final, strict=True):
+                            known[rows[i].probe.id] = self._judge(rows[i], hidden, self._final[i])  # type: ignore[union-attr]
+                    bar.advance(task, len(batch))
+            self._remember(key, known)
+        return {i: known[rows[i].probe.id] for i in chosen}  # type: ignore[union-attr]
+
+    def _judge(self, row: _Row, hidden: Tensor, base: Tensor | None) -> _Seen:
+        """Compare what left the final norm, (T, width), with the base's; called inside a preview."""
+        target = torch.tensor(row.tokens[row.start :], device=hidden.device)
+        kl, nll, said = 0.0, 0.0, []
+        for start in range(0, len(target), _POSITIONS):
+            part = slice(start, start + _POSITIONS)
+            live = self.engine.unembed(hidden[part]).float().log_softmax(-1)
+            nll -= float(live.gather(1, target[part, None]).sum())
+            said += live.argmax(-1).tolist()
+            if base is not None and row.probe is not None and row.probe.is_chat:
+                old = self._base_logprobs(base[part].to(hidden.device))
+                kl += float((old.exp() * (old - live)).sum())
+        return _Seen(max(kl, 0.0) / len(target), nll, tuple(said))
+
+    def _base_logprobs(self, hidden: Tensor) -> Tensor:
+        """(T, vocabulary) log-probabilities under the base's own unembedding, whatever is active."""
+        sites = self.engine.sites
+        touched = self.engine.weights.touched(self.engine.weights.state)
+        if sites.canonical("lm_head.weight") not in touched:
+            return self.engine.unembed(hidden).float().log_softmax(-1)
+        table = self.engine.weights.base("lm_head.weight").to(hidden.device)
+        return (hidden.float() @ table.T).log_softmax(-1)
+
+    def _broken(self, now: State, after: State, protected: Sequence[ProtectedItem]) -> list[ChangedAnswer]:
+        """Protected answers that hold now and would not hold after the change."""
+        if not protected:
+            return []
+        layer = self._first_changed(now, after)
+        rows = [_Row(item.label, (*item.prompt, *item.answer), len(item.prompt)) for item in protected]
+        wanted = [(layer, row.tokens) for row in rows]
+        missing = [i for i, key in enumerate(wanted) if key not in self._protected_inputs] if layer >= 0 else []
+        for batch in _batches(missing, rows):
+            with self.engine.gate.step(), torch.inference_mode():
+                _, kept = run_whole(
+                    self.engine.model,
+                    self.engine.sites,
+                    [rows[i].tokens for i in batch],
+                    keep=layer,
+                    pad=self.engine.format.pad_token,
+                )
+            self._protected_inputs.update({wanted[i]: found for i, found in zip(batch, kept, strict=True)})
+        broken = []
+        for batch in _batches(list(range(len(rows))), rows):
+            inputs = [self._protected_inputs[wanted[i]] for i in batch] if layer >= 0 else None
+            seen = []
+            for state in (now, after):
+                with self.engine.preview(state), torch.inference_mode():
+                    final = self._run([rows[i] for i in batch], layer, inputs)
+                    seen.append([self._judge(rows[i], h, None) for i, h in zip(batch, final, strict=True)])
+            for i, old, new in zip(batch, *seen, strict=True):
+                if self._answer(old, rows[i]) != self._answer(new, rows[i]):
+                    broken.append(self._changed(rows[i], old, new))
+        return broken
+
+    def _run(self, rows: list[_Row], layer: int, inputs: list[Tensor] | None) -> Iterator[Tensor]:
+        """(T, width) of each row at the positions that predict what is measured. Called inside a preview."""
+        final, _ = run_whole(
+            self.engine.model,
+            self.engine.sites,
+            [row.tokens for row in rows],
+            layer=max(layer, 0),
+            inputs=inputs if layer >= 0 else None,
+            pad=self.engine.format.pad_token,
+        )
+        for index, row in enumerate(rows):
+            yield final[index, row.start - 1 : len(row.tokens) - 1]
+
+    def _first_changed(self, before: State, after: State) -> int:
+        """The first layer that has to be run again: the last where nothing below the unembedding differs, -1 for all."""
+        found = first_layer(self.engine.weights, before, after)
+        return self.engine.sites.layers - 1 if found is None else min(found, self.engine.sites.layers - 1)
+
+    # ------------------------------------------------------------------------------------------------ reference
+
+    def _reference(self, progress: bool) -> list[_Row]:
+        """The probes with the base's own continuations, computed once for a model and a probe set."""
+        if self._rows is None:
+            path = self._folder / "reference.safetensors"
+            if not path.is_file():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with FileLock(self._folder / ".lock"):
+                    if not path.is_file():
+                        self._make_reference(path, progress)
+            stored = load_file(path)
+            self._rows = [self._row(probe, stored[f"{probe.id}.answer"].tolist()) for probe in self.probes]
+            self._final = [stored[f"{probe.id}.final"] for probe in self.probes]
+        return self._rows
+
+    def _row(self, probe: Probe, answer: list[int]) -> _Row:
+        if probe.is_chat:
+            prompt = self.engine.encode(probe.messages)
+            return _Row(probe.question, (*prompt, *answer), len(prompt), probe)
+        ids = self.engine.format.encode_text(probe.text, special=True)
+        return _Row(probe.text, tuple(ids), 1, probe)
+
+    def _make_reference(self, path: Path, progress: bool) -> None:
+        engine, tokens = self.engine, self.settings.tokens
+        stored: dict[str, Tensor] = {}
+        chats = sorted(self.probes.chats, key=lambda probe: len(engine.encode(probe.messages)))
+        with (
+            Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
+            engine.preview(()),
+        ):
+            task = bar.add_task("Asking the base model every probe (once)", total=2 * len(self.probes))
+            rows: list[_Row] = [self._row(probe, []) for probe in self.probes.texts]
+            for start in range(0, len(chats), 2 * _ROWS):
+                batch = chats[start : start + 2 * _ROWS]
+                replies = engine.greedy([engine.encode(probe.messages) for probe in batch], tokens)
+                rows += [self._row(probe, reply) for probe, reply in zip(batch, replies, strict=True)]
+                bar.advance(task, len(batch))
+            for some in _batches(list(range(len(rows))), rows):
+                with torch.inference_mode():
+                    found = list(self._run([rows[i] for i in some], -1, None))
+                for i, hidden in zip(some, found, strict=True):
+                    row = rows[i]
+                    assert row.probe is not None
+                    stored[f"{row.probe.id}.final"] = hidden.float().cpu().clone()
+                    stored[f"{row.probe.id}.answer"] = torch.tensor(row.tokens[row.start :], dtype=torch.int64)
+                bar.advance(task, len(some))
+        _save(stored, path)
+
+    def _inputs_of(self, layer: int, progress: bool) -> list[Tensor]:
+        """Each row's input to a layer under the base, from disk or computed now."""
+        rows = self._reference(progress)
+        if layer < 0:
+            return [torch.empty(0)] * len(rows)
+        if layer not in self._inputs:
+            path = self._folder / f"inputs-{layer}.safetensors"
+            if not path.is_file():
+                with FileLock(self._folder / ".lock"):
+                    if not path.is_file():
+                        self._make_inputs(layer, rows, path, progress)
+            stored = load_file(path)
+            self._inputs[layer] = [stored[row.probe.id] for row in rows]  # type: ignore[union-attr]
+        return self._inputs[layer]
+
+    def _make_inputs(self, layer: int, rows: list[_Row], path: Path, progress: bool) -> None:
+        engine, stored = self.engine, {}
+        with (
+            Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
+            engine.preview(()),
+            torch.inference_mode(),
+        ):
+            task = bar.add_task(f"Running the probes up to layer {layer} (once)", total=len(rows))
+            for batch in _batches(list(range(len(rows))), rows):
+                _, kept = run_whole(
+                    engine.model,
+                    engine.sites,
+                    [rows[i].tokens for i in batch],
+                    keep=layer,
+                    pad=engine.format.pad_token,
+                )
+                stored.update({rows[i].probe.id: found.cpu() for i, found in zip(batch, kept, strict=True)})  # type: ignore[union-attr]
+                bar.advance(task, len(batch))
+        _save(stored, path)
+
+    def _known(self, key: str) -> dict[str, _Seen]:
+        """What a state showed before, in this process or an earlier one."""
+        if key not in self._seen:
+            found: dict[str, _Seen] = {}
+            path = self._folder / "states" / f"{key[:32]}.safetensors"
+            if path.is_file():
+                stored = load_file(path)
+                for probe in self.probes:
+                    if f"{probe.id}.figures" in stored:
+                        kl, nll = stored[f"{probe.id}.figures"].tolist()
+                        found[probe.id] = _Seen(kl, nll, tuple(stored[f"{probe.id}.argmax"].tolist()))
+            self._seen[key] = found
+        return self._seen[key]
+
+    def _remember(self, key: str, known: dict[str, _Seen]) -> None:
+        stored: dict[str, Tensor] = {}
+        for name, seen in known.items():
+            stored[f"{name}.figures"] = torch.tensor([seen.kl, seen.nll], dtype=torch.float64)
+            stored[f"{name}.argmax"] = torch.tensor(seen.argmax, dtype=torch.int64)
+        folder = self._folder / "states"
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(stored, folder / f"{key[:32]}.safetensors")
+        # Only the latest few states are ever asked for again.
+        for old in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)[:-16]:
+            old.unlink(missing_ok=True)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    partial = path.with_suffix(f".{torch.initial_seed() % 10_000}.partial")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def _batches(chosen: list[int], rows: Sequence[_Row]) -> Iterator[list[int]]:
+    """The chosen rows in batches of like length."""
+    order = sorted(chosen, key=lambda i: len(rows[i].tokens))
+    for start in range(0, len(order), _ROWS):
+        yield order[start : start + _ROWS]

@@ -1,0 +1,443 @@
+"""From a judgement to a change: case, ladder, guard, ledger, weights, proof; and from one state to another.
+
+Owns the write-ahead order and everything that a report holds. The caller holds the lock, and calls `settle` when
+anything was raised. Knows nothing of chats or of how a report is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liveweight.adjustments import Active
+from liveweight.engines.base import Message
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import GuardRefused, LiveweightError, NoEffect, NoMendFound, StateConflict, WrongModel
+from liveweight.evidence import answer_under, key_of, moved, probe, prompt_hash, touched_neurons
+from liveweight.guard import Guard, ProtectedItem
+from liveweight.interrupts import uninterrupted
+from liveweight.ladder import Climb, Found, Limits, Phases, Say, climb, rungs
+from liveweight.ledger import Change as Record
+from liveweight.ledger import Ledger, Move, Proposal, ProtectedAnswer
+from liveweight.methods import build_case, works
+from liveweight.methods.base import Case
+from liveweight.reports import Change, Kind, Replaced, Reply, Report
+from liveweight.settings import Settings
+
+# Nats: a good answer whose weakest token is closer than this to its runner-up is reinforced.
+THIN_MARGIN = 0.5
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a person said of a reply."""
+
+    kind: Kind
+    reply: Reply
+    wanted: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a judgement is carried out; see `LiveModel.fix`."""
+
+    method: str | None = None
+    preview: bool = False
+    force: bool = False
+    keep_both: bool = False
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One judgement under way."""
+
+    said: Judgement
+    options: Options
+    case: Case
+    phases: Phases
+    conflicts: tuple[Record, ...]
+    released: tuple[ProtectedAnswer, ...]
+    key: Any
+    hash: str
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.case.contexts[0].prompt
+
+
+class Judge:
+    """Carries judgements out on one engine and one ledger."""
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        ledger: Ledger,
+        guard: Guard,
+        settings: Settings,
+        *,
+        say: Say,
+        progress: bool,
+    ) -> None:
+        """The engine is in the ledger's state, and stays so between two calls."""
+        self._engine, self._ledger, self._guard, self._settings = engine, ledger, guard, settings
+        self._say, self._progress = say, progress
+
+    @property
+    def _model(self) -> str:
+        return self._engine.info.hash
+
+    # ------------------------------------------------------------------------------------------------- records
+
+    def reply(self, reply: str | int) -> Reply:
+        """A reply of this model. Raises UnknownReply, or WrongModel for another model's."""
+        record = self._ledger.reply(reply)
+        if record.model != self._model:
+            raise WrongModel(
+                f"{record.label} was answered by another model ({record.model[:12]}) than the one loaded"
+                f" ({self._model[:12]}).",
+                hint="Load that model, or ask again.",
+                reply=record.label,
+            )
+        return Reply(**record.model_dump())
+
+    def recorded(self, change: int) -> Change:
+        """A change as the ledger has it, with its report and the protected answer that came with it."""
+        record = self._ledger.change(change, model=self._model)
+        answers = self._ledger.protected(self._model, everything=True)
+        own = next((answer.label for answer in answers if answer.change == record.id), None)
+        return Change.of(record, self._ledger.report(record.id), own)
+
+    def spoken(self, reply: Reply) -> tuple[int, ...]:
+        """A reply's tokens without the one that ends it."""
+        return tuple(token for token in reply.token_ids if token not in self._engine.format.end_tokens)
+
+    # ------------------------------------------------------------------------------------------------ judgement
+
+    def judge(self, said: Judgement, options: Options) -> Change:
+        """Carry a judgement out. Raises what `LiveModel.fix` says."""
+        phases = Phases()
+        names = rungs(said.kind, options.method, self._settings.methods)
+        with phases.of("case"):
+            work = self._work(said, options, phases)
+        if said.kind == "good":
+            return self._keep(work, names)
+        if said.kind == "fix" and not work.conflicts and self._works_now(work.case):
+            raise StateConflict(
+                f"The model answers {said.wanted!r} to that question already, so there is nothing to change.",
+                hint="Say `good` to have the answer protected.",
+                reply=said.reply.label,
+            )
+        feedback = None if options.preview else self._feedback(said)
+        with self._without(work.conflicts if not options.keep_both else ()):
+            found = self._climb(work, names)
+            report = self._report(work, found)
+        return self._conclude(work, found, report, feedback)
+
+    def _work(self, said: Judgement, options: Options, phases: Phases) -> _Work:
+        engine, reply = self._engine, said.reply
+        case = build_case(
+            engine,
+            reply.prompt,
+            reply.text,
+            self.spoken(reply),
+            kind=said.kind,
+            wanted=said.wanted,
+            previous=self._previous(reply),
+        )
+        digest = prompt_hash(reply.prompt)
+        key = key_of(engine, case.contexts[0].prompt)
+        # A bad answer that an earlier change taught is what that change brought: it goes. A good one contradicts none.
+        wanted = said.wanted if said.kind == "fix" else None
+        found = [] if said.kind == "good" else self._ledger.conflicts(self._model, digest, key, wanted=wanted)
+        conflicts = tuple(each for each in found if each.prompt_hash == digest or _same_subject(case, each))
+        same = [each for each in self._ledger.protected(self._model) if prompt_hash(_messages(each)) == digest]
+        released = () if said.kind == "good" else tuple(each for each in same if each.answer != said.wanted)
+        return _Work(said, options, case, phases, conflicts, released, key, digest)
+
+    def _previous(self, reply: Reply) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Prompt and answer tokens of what is protected, but for this very question."""
+        own = prompt_hash(reply.prompt)
+        return [
+            (tuple(self._engine.encode(_messages(each))), each.token_ids)
+            for each in self._ledger.protected(self._model)
+            if prompt_hash(_messages(each)) != own and each.token_ids
+        ]
+
+    def _works_now(self, case: Case) -> bool:
+        with self._engine.preview(self._engine.state):
+            return bool(works(self._engine, case))
+
+    def _feedback(self, said: Judgement) -> int:
+        return self._ledger.add_feedback(said.reply.id, said.kind, wanted=said.wanted, reason=said.reason).id
+
+    def _climb(self, work: _Work, names: Sequence[str]) -> Climb:
+        replaced = {each.id for each in work.conflicts} if not work.options.keep_both else set()
+        gone = {each.id for each in work.released}
+        items = [
+            ProtectedItem(each.label, tuple(self._engine.encode(_messages(each))), each.token_ids)
+            for each in self._ledger.protected(self._model)
+            if each.id not in gone and each.change not in replaced and each.token_ids
+        ]
+        limits = Limits(items, [work.case.question], self._progress)
+        methods = self._settings.methods
+        return climb(self._engine, self._guard, work.case, names, methods, limits, work.phases, self._say)
+
+    @contextmanager
+    def _without(self, changes: Sequence[Record]) -> Iterator[None]:
+        """Be the state without some changes, while the model is held: no reply is generated from it meanwhile."""
+        if not changes:
+            yield
+            return
+        engine, before = self._engine, self._engine.state
+        gone = {each.adjustment_hash for each in changes}
+        with engine.gate.step():
+            try:
+                engine.become(tuple(active for active in before if active.adjustment.hash not in gone))
+                yield
+            finally:
+                with uninterrupted():
+                    engine.become(before)
+
+    # ---------------------------------------------------------------------------------------------------- report
+
+    def _report(self, work: _Work, found: Climb) -> Report:
+        """What was measured of the best proposal. Called in the state that the change will come on top of."""
+        best = found.chosen or found.refused
+        assert best is not None  # climb raises where nothing works
+        candidate = (*self._engine.state, Active(best.adjustment))
+        self._say("writing the report")
+        with work.phases.of("report"):
+            after, _ = answer_under(self._engine, candidate, work.prompt)
+            neurons = touched_neurons(self._engine, best.adjustment)
+            weights = moved(self._engine, best.adjustment)
+        named = tuple(Replaced(change=c.label, question=c.question, wanted=c.wanted) for c in work.conflicts)
+        both = work.options.keep_both
+        return Report(
+            verdict=work.said.kind,
+            question=work.case.question,
+            wanted=work.said.wanted,
+            reason=work.said.reason,
+            before=work.said.reply.text,
+            after=after,
+            works=True,
+            method=best.method,
+            name=best.adjustment.name,
+            note=best.adjustment.note,
+            tried=found.tried,
+            neurons=neurons,
+            weights=weights,
+            guard=best.guard,
+            forced=found.chosen is None and work.options.force,
+            replaced=() if both else named,
+            kept=named if both else (),
+            released=tuple(each.label for each in work.released),
+            version_before=str(self._engine.version),
+            seconds=dict(work.phases.seconds),
+        )
+
+    def _conclude(self, work: _Work, found: Climb, report: Report, feedback: int | None) -> Change:
+        """Preview, refuse or commit."""
+        best = found.chosen or found.refused
+        assert best is not None
+        options = work.options
+        if options.preview:
+            return _unwritten(work.said, report, "preview", best)
+        if found.chosen is None and not options.force:
+            with uninterrupted():
+                told = report.model_dump(mode="json")
+                reason = " ".join(best.guard.reasons)
+                refused = self._ledger.refuse(self._proposal(work, best, told, feedback), reason)
+            raise GuardRefused(
+                f"{refused.label} works, but it would change too much else: {reason}.",
+                hint=f"Look at it with `show {refused.label}`, or commit it all the same with --force.",
+                change=refused.label,
+                report=told,
+            )
+        return self._commit(work, best, report, feedback)
+
+    def _proposal(self, work: _Work, best: Found, told: dict[str, Any], feedback: int | None) -> Proposal:
+        return Proposal(
+            model=self._model,
+            adjustment=best.adjustment,
+            question=work.case.question,
+            prompt_hash=work.hash,
+            report=told,
+            wanted=work.said.wanted,
+            feedback=feedback,
+            key=work.key,
+            forced=bool(told.get("forced")),
+        )
+
+    # ---------------------------------------------------------------------------------------------------- commit
+
+    def _commit(self, work: _Work, best: Found, report: Report, feedback: int | None) -> Change:
+        """Write ahead, change the weights, prove it, mark it active; a Ctrl-C meanwhile waits until it is done."""
+        engine, ledger = self._engine, self._ledger
+        answer = work.case.contexts[0].target
+        before = probe(engine, work.prompt, answer)
+        replaces = [] if work.options.keep_both else [each.id for each in work.conflicts]
+        with uninterrupted():
+            with work.phases.of("commit"):
+                told = report.model_dump(mode="json")
+                change = ledger.intend(self._proposal(work, best, told, feedback), replaces=replaces)
+                version = engine.become(ledger.state(self._model, intended=True))
+                after = probe(engine, work.prompt, answer)
+                if torch.equal(before, after):
+                    raise self._no_effect(change, report)
+                ledger.activate(change.id, {"version": str(version)})
+                if work.said.kind != "bad":
+                    self._protect_answer(work, change, feedback)
+                for each in work.released:
+                    ledger.unprotect(each.id)
+            final = {"version_after": str(version), "seconds": dict(work.phases.seconds)}
+            ledger.add_report(change.id, report.model_copy(update=final).model_dump(mode="json"))
+            return self.recorded(change.id)
+
+    def _no_effect(self, change: Record, report: Report) -> NoEffect:
+        """Take the change out again, and say that it did nothing."""
+        survived = "" if report.weights is None else f" {report.weights.survived:.0%} of it survived rounding."
+        reason = f"{change.label} moved nothing that a forward pass over the question could see.{survived}"
+        self._ledger.fail(change.id, reason)
+        self._engine.become(self._ledger.state(self._model))
+        return NoEffect(reason, hint="Try another method, or a model in float32.", change=change.label)
+
+    def _protect_answer(self, work: _Work, change: Record, feedback: int | None) -> None:
+        _, tokens = answer_under(self._engine, self._engine.state, work.prompt)
+        text = self._engine.format.decode(tokens)
+        self._ledger.protect(
+            self._model, work.said.reply.prompt, text, tokens, feedback=feedback, change=change.id
+        )
+
+    # ------------------------------------------------------------------------------------------------ good
+
+    def _keep(self, work: _Work, names: Sequence[str]) -> Change:
+        """Protect the answer; where its margin is thin, make the model surer of it if that can be had in budget."""
+        reply, options = work.said.reply, work.options
+        with work.phases.of("case"):
+            margin = self._margin(work.prompt, self.spoken(reply))
+        change: Change | None = None
+        label: str | None = None
+        if not options.preview:
+            with uninterrupted():
+                feedback = self._feedback(work.said)
+                label = self._ledger.protect(
+                    self._model, reply.prompt, reply.text, self.spoken(reply), feedback=feedback
+                ).label
+        why = f"The answer is protected; its thinnest token leads by {margin:.2f} nats."
+        if margin < THIN_MARGIN and names:
+            try:
+                climbed = self._climb(work, names)
+                best = climbed.chosen or (climbed.refused if options.force else None)
+                if best is not None:
+                    report = self._report(work, climbed).model_copy(update={"margin": margin})
+                    if options.preview:
+                        return _unwritten(work.said, report, "preview", best)
+                    change = self._commit(work, best, report, feedback)
+                else:
+                    why += " Making it surer would have changed too much else."
+            except (NoMendFound, NoEffect) as error:
+                why += f" It could not be made surer: {error.message}"
+        if change is not None:
+            return change
+        report = Report(
+            verdict="good",
+            question=work.case.question,
+            wanted=None,
+            reason=work.said.reason,
+            before=reply.text,
+            after=reply.text,
+            works=True,
+            method=None,
+            note=why,
+            margin=margin,
+            version_before=str(self._engine.version),
+            version_after=str(self._engine.version),
+            seconds=dict(work.phases.seconds),
+        )
+        return _unwritten(work.said, report, "preview" if options.preview else "protected", None, label)
+
+    def _margin(self, prompt: Sequence[int], answer: Sequence[int]) -> float:
+        """The smallest lead, in nats, of a token of the answer over the best other one; below zero it trails."""
+        engine = self._engine
+        final = engine.record([[*prompt, *answer]], [len(prompt) - 1]).final[0, : len(answer)]
+        with engine.gate.step(), torch.inference_mode():
+            logits = engine.unembed(final).float()
+        tokens = torch.tensor(list(answer), device=logits.device)[:, None]
+        own = logits.gather(1, tokens)[:, 0]
+        others = logits.scatter(1, tokens, float("-inf")).max(-1).values
+        return float((own - others).min())
+
+    # ------------------------------------------------------------------------------------------------ moves
+
+    def move(self, wishes: Sequence[Move]) -> None:
+        """Bring changes to other states or strengths, all of them or none, in ledger and weights alike."""
+        ledger, engine = self._ledger, self._engine
+        with uninterrupted():
+            intent = ledger.intend_moves(self._model, wishes)
+            try:
+                version = engine.become(ledger.state(self._model, intended=True))
+            except LiveweightError as error:
+                ledger.abandon(intent.id, error.message)
+                raise
+            ledger.finish(intent.id, {"version": str(version)})
+
+    def require_no_conflict(self, change: int) -> None:
+        """Raises StateConflict when an active change contradicts this one."""
+        record = self._ledger.change(change, model=self._model)
+        others = self._ledger.conflicts(
+            self._model, record.prompt_hash, wanted=record.wanted
+        )
+        other = next((each for each in others if each.id != record.id), None)
+        if other is not None:
+            raise StateConflict(
+                f"{other.label} is on and answers the same question otherwise ({other.wanted!r}, not"
+                f" {record.wanted!r}).",
+                hint=f"Switch {other.label} off first, or keep both with --keep-both.",
+                change=record.label,
+                other=other.label,
+            )
+
+    def settle(self) -> None:
+        """After an error or an interrupt: close what was left half-made, and be what the ledger says."""
+        for change in self._ledger.changes(self._model, states=["intended"]):
+            self._ledger.fail(change.id, "it was interrupted before it was done")
+        self._ledger.recover()
+        self._engine.become(self._ledger.state(self._model))
+
+
+def _unwritten(
+    said: Judgement, report: Report, state: Any, best: Found | None, protected: str | None = None
+) -> Change:
+    """A judgement that put no change into the ledger."""
+    return Change(
+        id=None,
+        state=state,
+        verdict=said.kind,
+        method=best.method if best is not None else None,
+        name=best.adjustment.name if best is not None else f"{said.kind}: {report.question}",
+        question=report.question,
+        wanted=said.wanted,
+        adjustment_hash=best.adjustment.hash if best is not None else None,
+        protected=protected,
+        report=report,
+    )
+
+
+def _same_subject(case: Case, other: Record) -> bool:
+    """Whether two questions that wake the same neurons are about the same thing, as far as that can be told.
+
+    Questions of one form ("What is the capital of …?") wake much the same, whatever they are about.
+    """
+    return case.subject is None or case.subject.casefold() in other.question.casefold()
+
+
+def _messages(answer: ProtectedAnswer) -> tuple[Message, ...]:
+    return tuple(Message(turn.role, turn.content) for turn in answer.messages)
+
+
+__all__ = ["Judge", "Judgement", "Options"]

@@ -1,0 +1,356 @@
+"""The loop: chat, judge, propose, measure, write down, change, undo.
+
+Owns the order of these steps and the promise that weights and ledger are equal whenever a verb returns, raises or is
+interrupted. Knows no method by name, nothing of databases or tensors, and nothing of how results are shown.
+
+    from liveweight import LiveModel
+
+    with LiveModel.load("smollm2") as live:
+        reply = live.chat("What is the capital of Angola?")
+        change = live.fix(reply, "Luanda")
+        print(change.report)
+        live.undo(change)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from liveweight.conversation import Chatter, ReplyStream, as_messages
+from liveweight.engines.base import Message, Sampling, Token
+from liveweight.engines.model_source import load as load_checkpoint
+from liveweight.engines.model_source import resolve
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import InvalidInput, StateConflict
+from liveweight.guard import Guard
+from liveweight.interrupts import uninterrupted
+from liveweight.judging import Judge, Judgement, Options
+from liveweight.ledger import Event, Feedback, Ledger, Move, ProtectedAnswer
+from liveweight.reports import Change, Kind, Reply
+from liveweight.settings import Settings
+from liveweight.tracing import SuperWeights, WhyReport, find_super_weights, why
+
+Say = Callable[[str], None]
+ReplyLike = Reply | str | int  # the reply, "r3" or 3
+ChangeLike = Change | str | int  # the change, "c3" or 3
+
+
+def _quiet(_: str) -> None:
+    """Tell nobody."""
+
+
+class LiveModel:
+    """A running model that learns from feedback, and can take every change back. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        ledger: Ledger,
+        settings: Settings,
+        *,
+        say: Say = _quiet,
+        progress: bool = False,
+    ) -> None:
+        """Take an engine in its base state and an open ledger; the engine becomes what the ledger says.
+
+        `say` gets one sentence a step of longer work; `progress` draws bars on stderr. `LiveModel.load` makes both.
+        """
+        self.engine = engine
+        self.ledger = ledger
+        self.settings = settings
+        self._lock = threading.RLock()  # around whole changes; chats only meet them at the engine's gate
+        info = engine.info
+        ledger.ensure_model(info.hash, info.name, info.source, info.architecture)
+        self.notices: tuple[str, ...] = tuple(ledger.recover())
+        """What was done at the start about changes that a killed process left half-made, a sentence each."""
+        engine.become(ledger.state(info.hash))
+        self._chatter = Chatter(engine, ledger, settings.generation)
+        guard = Guard(engine, settings.guard, settings.cache_dir)
+        self._judge = Judge(engine, ledger, guard, settings, say=say, progress=progress)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | None = None,
+        *,
+        settings: Settings | None = None,
+        say: Say = _quiet,
+        progress: bool = False,
+        **flags: Any,
+    ) -> Self:
+        """Load a model (smollm2, a hub id, a folder, a .gguf file) with the changes that its workspace holds.
+
+        `flags` are settings by name (`workspace=…`, `device=…`); `settings` is a whole set instead. Raises what
+        finding a model, opening a workspace and reading a ledger raise: ModelNotFound, ModelUnusable,
+        UnsupportedArchitecture, WorkspaceBusy, LedgerDamaged, WrongModel, InvalidInput.
+        """
+        if settings is not None and flags:
+            raise InvalidInput("Give either settings or single flags.", hint="Put the flags into the settings.")
+        if settings is None:
+            settings = Settings(**({"model": name} if name else {}), **flags)
+        elif name is not None:
+            settings = settings.model_copy(update={"model": name})
+        ledger = Ledger.open(settings.workspace.expanduser(), settings.database_url)
+        try:
+            say(f"loading {settings.model}")
+            source = resolve(settings.model, settings=settings)
+            loaded = load_checkpoint(source, dtype=settings.dtype, device=settings.device, progress=progress)
+            engine = TransformersEngine(
+                loaded, gate=settings.gate, system=settings.generation.system, threads=settings.threads
+            )
+            return cls(engine, ledger, settings, say=say, progress=progress)
+        except BaseException:
+            ledger.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the workspace. What was changed stays in its ledger. Closing twice does no harm."""
+        with self._lock:
+            self.ledger.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------- talking
+
+    def chat(
+        self,
+        messages: str | Sequence[Message | Mapping[str, str]],
+        *,
+        after: ReplyLike | None = None,
+        system: str | None = None,
+        on_token: Callable[[Token], None] | None = None,
+        **sampling: Any,
+    ) -> Reply:
+        """Answer a question or a whole chat, and remember the answer. Never changes a weight.
+
+        `after` goes on from an earlier reply's chat. `on_token` sees each token as it comes. `sampling` takes
+        `max_tokens`, `temperature`, `top_p`, `top_k`, `seed` and `stop`; what is left out comes from the settings.
+        An interrupt keeps what was said so far. Raises InvalidInput for a chat that the model cannot answer.
+        """
+        stream = self.stream(messages, after=after, system=system, **sampling)
+        try:
+            for token in stream:
+                if on_token is not None:
+                    on_token(token)
+        finally:
+            stream.close()
+        return stream.reply
+
+    def stream(
+        self,
+        messages: str | Sequence[Message | Mapping[str, str]],
+        *,
+        after: ReplyLike | None = None,
+        system: str | None = None,
+        **sampling: Any,
+    ) -> ReplyStream:
+        """As `chat`, as an iterator over tokens; its `reply` is there once it has ended or was closed."""
+        before = () if after is None else self.reply(after).history
+        return self._chatter.stream(as_messages(messages, before, system), self._sampling(sampling))
+
+    def ask(self, question: str, **options: Any) -> str:
+        """The text of the answer to one question; see `chat`."""
+        return self.chat(question, **options).text
+
+    def reply(self, reply: ReplyLike) -> Reply:
+        """A reply of this model by its id. Raises UnknownReply, WrongModel."""
+        return self._judge.reply(reply.id if isinstance(reply, Reply) else reply)
+
+    def replies(self, *, limit: int | None = None) -> list[Reply]:
+        """What this model answered, newest first."""
+        return [Reply(**record.model_dump()) for record in self.ledger.replies(self.engine.info.hash, limit=limit)]
+
+    def why(self, reply: ReplyLike, *, against: str | None = None, top: int = 20) -> WhyReport:
+        """The neurons that pushed a reply most and those that pushed against it, under the present weights.
+
+        `against` compares with another answer; left out, with each token's runner-up.
+        """
+        found = self.reply(reply)
+        return why(
+            self.engine,
+            found.prompt,
+            self._judge.spoken(found),
+            against=against,
+            top=top,
+            cache_dir=self.settings.cache_dir,
+        )
+
+    # ------------------------------------------------------------------------------------------------- judging
+
+    def fix(
+        self,
+        reply: ReplyLike,
+        wanted: str,
+        *,
+        method: str | None = None,
+        preview: bool = False,
+        force: bool = False,
+        keep_both: bool = False,
+    ) -> Change:
+        """Make the model answer `wanted` where it gave this reply.
+
+        `method` is one of `liveweight.methods.METHODS`, or auto. `preview` measures and commits nothing. `force`
+        commits over the guard's budget. `keep_both` leaves earlier changes active that this one contradicts. Raises
+        InvalidInput, NoMendFound, GuardRefused (the refusal and its report are in the ledger), StateConflict where
+        the model says so already, NoEffect.
+        """
+        options = Options(method, preview, force, keep_both)
+        return self._judged(Judgement("fix", self.reply(reply), wanted=wanted), options)
+
+    def bad(
+        self,
+        reply: ReplyLike,
+        reason: str | None = None,
+        *,
+        method: str | None = None,
+        preview: bool = False,
+        force: bool = False,
+        keep_both: bool = False,
+    ) -> Change:
+        """Make the model stop giving this reply. It does not teach a right one. Options and errors as `fix`."""
+        options = Options(method, preview, force, keep_both)
+        return self._judged(Judgement("bad", self.reply(reply), reason=reason), options)
+
+    def good(
+        self,
+        reply: ReplyLike,
+        reason: str | None = None,
+        *,
+        method: str | None = None,
+        preview: bool = False,
+        force: bool = False,
+        keep_both: bool = False,
+    ) -> Change:
+        """Protect this reply from later changes and, where its margin is thin, make the model surer of it."""
+        options = Options(method, preview, force, keep_both)
+        return self._judged(Judgement("good", self.reply(reply), reason=reason), options)
+
+    def _judged(self, judgement: Judgement, options: Options) -> Change:
+        with self._whole():
+            return self._judge.judge(judgement, options)
+
+    # ------------------------------------------------------------------------------------------------- changes
+
+    def changes(self) -> list[Change]:
+        """Every change of this model in the ledger's order, whatever its state."""
+        return [self._judge.recorded(record.id) for record in self.ledger.changes(self.engine.info.hash)]
+
+    def change(self, change: ChangeLike) -> Change:
+        """A change by its id, with its report. Raises UnknownChange, WrongModel."""
+        return self._judge.recorded(self._id(change))
+
+    def set_strength(self, change: ChangeLike, strength: float) -> Change:
+        """Weaken or amplify a change: 1 is as proposed, 0 is the same as off."""
+        return self._moved(change, strength=strength)
+
+    def off(self, change: ChangeLike) -> Change:
+        """Switch a change off; `on` brings it back. Raises StateConflict where it is off already."""
+        return self._moved(change, to="off")
+
+    def on(self, change: ChangeLike, *, keep_both: bool = False) -> Change:
+        """Switch a change on again.
+
+        Raises StateConflict where it is on, was undone, or contradicts an active change that is not to be kept too.
+        """
+        with self._whole():
+            number = self._id(change)
+            if not keep_both:
+                self._judge.require_no_conflict(number)
+            return self._moved(number, to="active")
+
+    def undo(self, change: ChangeLike | None = None) -> Change:
+        """Take a change back for good: the newest one that is on or off, unless told which.
+
+        What it had replaced comes back on with the same step, so that the model is what it would have been without.
+        """
+        with self._whole():
+            number = self._newest() if change is None else self._id(change)
+            back = [
+                Move(other.id, "active")
+                for other in self.ledger.changes(self.engine.info.hash, states=["off"])
+                if other.replaced_by == number
+            ]
+            self._judge.move([Move(number, "undone"), *back])
+            return self._judge.recorded(number)
+
+    def _moved(self, change: ChangeLike, to: Any = None, strength: float | None = None) -> Change:
+        with self._whole():
+            number = self._id(change)
+            self._judge.move([Move(number, to, strength)])
+            return self._judge.recorded(number)
+
+    def _newest(self) -> int:
+        found = self.ledger.changes(self.engine.info.hash, states=["active", "off"])
+        if not found:
+            raise StateConflict("There is nothing to undo.", hint="No change is on or off in this workspace.")
+        return found[-1].id
+
+    def _id(self, change: ChangeLike) -> int:
+        if not isinstance(change, Change):
+            return self.ledger.change(change, model=self.engine.info.hash).id
+        if change.id is None:
+            raise StateConflict(
+                f"{change.label} changed no weight, so it cannot be switched or undone.",
+                hint="Only a committed change has an id such as c3.",
+            )
+        return change.id
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def protected(self) -> list[ProtectedAnswer]:
+        """The answers that changes must leave as they are."""
+        return self.ledger.protected(self.engine.info.hash)
+
+    def feedback(self, reply: ReplyLike | None = None) -> list[Feedback]:
+        """What was said of one reply, or of all, oldest first."""
+        return self.ledger.feedback(None if reply is None else self.reply(reply).id)
+
+    def history(self, *, limit: int | None = None) -> list[Event]:
+        """The journal, oldest first; with a limit, its end."""
+        events = self.ledger.events()
+        return events if limit is None else events[-limit:]
+
+    def super_weights(self, progress: Callable[[int, int], None] | None = None) -> SuperWeights:
+        """The few weights that no change may touch; found once a model, then read from the cache."""
+        return find_super_weights(self.engine, self.settings.cache_dir, progress)
+
+    def fingerprints(self) -> dict[str, str]:
+        """sha256 of every tensor's bytes as they are now, by parameter name."""
+        return self.engine.fingerprints()
+
+    # -------------------------------------------------------------------------------------------------- inside
+
+    def _sampling(self, given: Mapping[str, Any]) -> Sampling:
+        defaults = self.settings.generation
+        values = {"max_tokens": defaults.max_tokens, "temperature": defaults.temperature, "top_p": defaults.top_p}
+        values |= {name: value for name, value in given.items() if value is not None}
+        unknown = sorted(set(values) - set(Sampling.__dataclass_fields__))
+        if unknown:
+            raise InvalidInput(
+                f"Sampling has no setting {unknown[0]!r}.", hint=f"It has {', '.join(Sampling.__dataclass_fields__)}."
+            )
+        return Sampling(**values)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """One change at a time; an error or an interrupt leaves the weights as the ledger says."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                with uninterrupted():
+                    self._judge.settle()
+                raise
+
+
+__all__ = ["Kind", "LiveModel"]

@@ -1,0 +1,67 @@
+"""The methods, by name, and the order in which `auto` tries them."""
+
+from __future__ import annotations
+
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import UnknownMethod
+from liveweight.methods import finetune, gain, one_shot, patch, rome, scale, select
+from liveweight.methods.base import Case, CaseKind, Context, Described, Method
+from liveweight.methods.case import build_case
+from liveweight.methods.wording import content_words, first_sentence
+
+_ALL = (
+    Described("patch", patch.propose, "One little-used neuron for each wrong token, shut elsewhere.", ("fix", "bad", "good")),
+    Described("select", select.propose, "Fewest responsible neurons scaled until the answer goes.", ("bad", "fix")),
+    Described("scale", scale.propose, "Every neuron that was active scaled down (bad) or up (good).", ("bad", "good")),
+    Described("gain", gain.propose, "Gains inside the activation function moved, step by step.", ("bad", "fix")),
+    Described("rome", rome.propose, "A rank-one change of one layer, keyed on the subject.", ("fix", "bad", "good")),
+    Described("one-shot", one_shot.propose, "One backward pass, closed form, no search.", ("fix", "bad", "good")),
+    Described("finetune", finetune.propose, "One layer trained on the answer alone.", ("fix", "bad", "good")),
+)
+
+METHODS: dict[str, Described] = {described.name: described for described in _ALL}
+
+# What `auto` tries, the least invasive first; the first that works within the guard's budget is taken.
+LADDER: dict[CaseKind, tuple[str, ...]] = {
+    "fix": ("patch", "rome", "one-shot", "finetune"),
+    "bad": ("patch", "select", "gain", "finetune"),
+    "good": ("patch",),
+}
+
+_REPLY = 32  # tokens of the reply that is looked at
+
+
+def method(name: str) -> Described:
+    """A method by name. Raises UnknownMethod with the names there are."""
+    if name not in METHODS:
+        raise UnknownMethod(f"There is no method {name!r}.", hint=f"Choose auto, {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def works(engine: TransformersEngine, case: Case) -> bool:
+    """Whether the model, as it is now, does what the case asks, in greedy answers to its first context.
+
+    A fix and a good: the wished answer's words stand in the first sentence. A bad: the judged answer's word is gone.
+    """
+    reply = engine.greedy([case.contexts[0].prompt], _REPLY)[0]
+    said = first_sentence(engine.format.decode(reply)).lower()
+    target = case.contexts[0].target
+    wished = engine.format.decode(target[case.key[0] : case.key[1]]).strip().rstrip(".").lower()
+    if case.kind == "bad":
+        judged = first_sentence(case.answer).lower()
+        return said != judged and bool(content_words(judged) - content_words(said))
+    return wished in said
+
+
+__all__ = [
+    "LADDER",
+    "METHODS",
+    "Case",
+    "CaseKind",
+    "Context",
+    "Described",
+    "Method",
+    "build_case",
+    "method",
+    "works",
+]

@@ -1,0 +1,77 @@
+"""What a method is given and what it gives back.
+
+Owns the case (who asked what, what was answered, what is wished for, and the contexts a mend has to hold in) and the
+shape of a method. Knows no method by name: the registry in `methods/__init__.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from liveweight.adjustments import Adjustment
+from liveweight.engines.base import Message
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.settings import MethodSettings
+
+CaseKind = Literal["fix", "bad", "good"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One way the question may come, and what the model should answer to it."""
+
+    messages: tuple[Message, ...]
+    prompt: tuple[int, ...]  # the whole prompt's tokens, template included
+    target: tuple[int, ...]  # the answer to be given, as the model would write it right after the prompt
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Prompt and target."""
+        return self.prompt + self.target
+
+
+@dataclass(frozen=True)
+class Case:
+    """A judged answer, and everything a method may use to mend it.
+
+    `contexts[0]` is the question as it was asked. In a `fix` the targets hold the wished answer; in a `bad` they hold
+    the model's own next best answer; in a `good` the answer that was given. `key` is where in the targets the answer
+    proper lies, behind its opening ("The capital of Angola is"): first token, and one past the last.
+    """
+
+    kind: CaseKind
+    messages: tuple[Message, ...]
+    answer: str  # the judged reply
+    answer_tokens: tuple[int, ...]
+    wanted: str  # the sentence to be said instead (or again)
+    contexts: tuple[Context, ...]
+    key: tuple[int, int]
+    subject: str | None  # what the question is about, where it can be told
+    others: tuple[Context, ...] = ()  # the same question about other things: to be left alone
+    previous: tuple[tuple[int, ...], ...] = ()  # prompt and answer tokens of earlier changes and protected answers
+
+    @property
+    def question(self) -> str:
+        """The last thing the person said."""
+        return next((m.content for m in reversed(self.messages) if m.role == "user"), self.messages[-1].content)
+
+
+class Method(Protocol):
+    """Proposes an adjustment; never writes. Raises NoMendFound, or Unsupported where the model does not allow it."""
+
+    def __call__(self, engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment: ...
+
+
+Accept = Callable[[Adjustment], bool]  # whether a proposal works and stays in budget: what the ladder asks
+
+
+@dataclass(frozen=True)
+class Described:
+    """A method and what a person should know before choosing it."""
+
+    name: str
+    propose: Method
+    summary: str
+    kinds: tuple[CaseKind, ...]

@@ -1,0 +1,224 @@
+"""From a judged reply to a case: contexts, target sentence, what the question is about, what is to be left alone.
+
+Owns choosing, by the model's own likelihood, how the wished answer is to be said: a mend trained behind an opening that
+the model never says is never reached. Reads the model; knows no method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liveweight.engines.base import Message, ScoreItem
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import InvalidInput, NoMendFound
+from liveweight.methods.base import Case, CaseKind, Context
+from liveweight.methods.wording import (
+    content_words,
+    earlier_turns,
+    first_sentence,
+    names,
+    questions_about,
+    rephrase,
+    statements,
+    subject_of,
+)
+
+CONTEXTS = 8  # ways of asking that a mend is fitted to
+OTHERS = 24  # other things that the same question is asked about
+ABOUT = 4  # other questions about the same thing
+_SENTENCE = 40  # tokens that a first sentence may have
+
+
+def build_case(
+    engine: TransformersEngine,
+    messages: Sequence[Message],
+    answer: str,
+    answer_tokens: Sequence[int],
+    *,
+    kind: CaseKind,
+    wanted: str | None = None,
+    previous: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+) -> Case:
+    """Everything that a method may use to mend one judged answer.
+
+    `answer_tokens` are the reply's own tokens; `previous` are prompts and answers (as tokens) of earlier changes and
+    protected answers, which a mend must leave alone. Raises InvalidInput for a fix without a wished answer or a chat
+    without a question, NoMendFound where the model has no other answer to give.
+    """
+    turns = tuple(messages)
+    if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
+        raise InvalidInput("There is no question to mend an answer to.", hint="The chat must end with a user's message.")
+    question = turns[-1].content.strip()
+    if kind == "fix":
+        if wanted is None or not wanted.strip():
+            raise InvalidInput("The wished answer is empty.", hint="Say what the right answer is.")
+        sentence = _best_statement(engine, turns, question, wanted.strip(), answer)
+        piece = wanted.strip().rstrip(".")
+    elif kind == "bad":
+        sentence, piece = _next_best(engine, turns, question, list(answer_tokens))
+    else:
+        sentence = first_sentence(answer)
+        piece = sentence
+        if not sentence:
+            raise InvalidInput("The answer is empty, so there is nothing to keep.", hint="Judge a reply with some text.")
+    contexts = _contexts(engine, turns, question, sentence, rewordings=0 if kind == "good" else CONTEXTS - 1)
+    subject = subject_of(question)
+    return Case(
+        kind=kind,
+        messages=turns,
+        answer=answer,
+        answer_tokens=tuple(answer_tokens),
+        wanted=sentence,
+        contexts=contexts,
+        key=_key(engine, contexts[0].target, sentence, piece),
+        subject=subject,
+        others=_others(engine, question, sentence, piece, subject),
+        previous=tuple((tuple(prompt), tuple(reply)) for prompt, reply in previous),
+    )
+
+
+def _context(engine: TransformersEngine, messages: Sequence[Message], sentence: str) -> Context:
+    prompt = engine.encode(messages)
+    return Context(tuple(messages), tuple(prompt), tuple(engine.format.encode_continuation(prompt, sentence)))
+
+
+def _contexts(
+    engine: TransformersEngine, turns: tuple[Message, ...], question: str, sentence: str, *, rewordings: int
+) -> tuple[Context, ...]:
+    """As asked; alone, if there were earlier turns; in other words; and after an unrelated exchange."""
+    system = tuple(turn for turn in turns if turn.role == "system")
+    alone = (*system, Message("user", question))
+    chats = [turns]
+    if turns != alone:
+        chats.append(alone)
+    if rewordings and engine.format.has_template:
+        user, assistant = earlier_turns()[0]
+        chats.append((*system, Message("user", user), Message("assistant", assistant), Message("user", question)))
+    chats += [(*system, Message("user", text)) for text in rephrase(question, rewordings)] if rewordings else []
+    return tuple(_context(engine, chat, sentence) for chat in chats[: rewordings + 1])
+
+
+def _best_statement(
+    engine: TransformersEngine, turns: Sequence[Message], question: str, wanted: str, answer: str
+) -> str:
+    """The sentence for the wished answer that the model itself would most likely say."""
+    candidates = statements(question, wanted)
+    said = first_sentence(answer)
+    words = content_words(question)
+    # The model's own opening is a candidate too, as far as it is about what was asked.
+    pieces = said.split(" ")
+    for end in range(2, len(pieces)):
+        opening = " ".join(pieces[:end])
+        if words and len(words & content_words(opening)) >= 0.75 * len(words):
+            candidates.append(f"{opening} {wanted.rstrip('.')}.")
+    candidates = list(dict.fromkeys(candidates))[:12]
+    if len(candidates) == 1:
+        return candidates[0]
+    prompt = tuple(engine.encode(turns))
+    scores = engine.score(
+        [ScoreItem(prompt, tuple(engine.format.encode_continuation(prompt, text))) for text in candidates]
+    )
+    best = max(range(len(candidates)), key=lambda index: scores[index].total)
+    return candidates[best]
+
+
+def _next_best(
+    engine: TransformersEngine, turns: Sequence[Message], question: str, answer: list[int]
+) -> tuple[str, str]:
+    """The model's own best answer without the judged one's word; and that word's replacement onwards."""
+    prompt = engine.encode(turns)
+    judged = first_sentence(engine.format.decode(answer)).lower()
+    asked = content_words(question)
+    for position in _openings(engine, answer, asked):
+        head = answer[:position]
+        banned = {answer[position]}
+        for _ in range(3):
+            with engine.gate.step(), torch.inference_mode():
+                logits = _next_logits(engine, [*prompt, *head])
+            logits[list(banned)] = float("-inf")
+            token = int(logits.argmax())
+            if token in engine.format.end_tokens:
+                break
+            rest = engine.greedy([[*prompt, *head, token]], _SENTENCE)[0]
+            text = first_sentence(engine.format.decode([*head, token, *rest]))
+            opening = engine.format.decode(head)
+            new = text[len(opening) :].strip()
+            word = engine.format.decode(answer[position:]).strip().split(" ")[0].strip(".,;:!?").lower()
+            if new and word and word not in new.lower() and text.lower() != judged:
+                return text, new
+            banned.add(token)
+    raise NoMendFound(
+        "The model has no other answer to this question that it would give by itself.",
+        hint="Say what the answer should be with fix.",
+    )
+
+
+def _next_logits(engine: TransformersEngine, ids: list[int]) -> Tensor:
+    device = engine.sites.embed.weight.device
+    output = engine.model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)  # type: ignore[arg-type]
+    return engine.unembed(output.last_hidden_state[0, -1]).float().cpu()
+
+
+def _openings(engine: TransformersEngine, answer: list[int], asked: set[str]) -> list[int]:
+    """Positions in the answer where a word begins that the question did not bring, the likeliest first."""
+    found = []
+    for index, token in enumerate(answer[:_SENTENCE]):
+        piece = engine.format.decode([token])
+        if index and not piece.startswith((" ", "\n")):
+            continue
+        rest = engine.format.decode(answer[index:]).strip().split(" ")[0]
+        if content_words(rest) - asked:
+            found.append(index)
+    # What stands in the middle of the sentence is what it says; its first word may be how the model always begins.
+    return ([index for index in found if index] + [0])[:4] if answer else []
+
+
+def _key(engine: TransformersEngine, target: Sequence[int], sentence: str, piece: str) -> tuple[int, int]:
+    """Which of the target's tokens hold the answer proper."""
+    start = sentence.rfind(piece)
+    if start < 0:
+        return 0, len(target)
+    first, last = None, len(target)
+    for index in range(len(target)):
+        length = len(engine.format.decode(target[: index + 1]).lstrip())
+        if first is None and length > start:
+            first = index
+        if length >= start + len(piece):
+            last = index + 1
+            break
+    return first or 0, last
+
+
+def _others(
+    engine: TransformersEngine, question: str, sentence: str, piece: str, subject: str | None
+) -> tuple[Context, ...]:
+    """The same question about other things of its kind with the same opening, and other questions about this thing."""
+    if subject is None:
+        return ()
+    opening = sentence[: sentence.rfind(piece)] if piece in sentence else ""
+    chats = []
+    for name in _like(engine, subject)[:OTHERS]:
+        chats.append((question.replace(subject, name), opening.replace(subject, name).rstrip() or name))
+    found = [_context(engine, (Message("user", text),), said) for text, said in chats]
+    about = [text for text in questions_about(subject) if text != question][:ABOUT]
+    prompts = [engine.encode((Message("user", text),)) for text in about]
+    for text, prompt, reply in zip(about, prompts, engine.greedy(prompts, 8), strict=True):
+        found.append(Context((Message("user", text),), tuple(prompt), tuple(reply)))
+    return tuple(found)
+
+
+def _like(engine: TransformersEngine, subject: str) -> list[str]:
+    """Names, those most like the subject first by the cosine of their mean embeddings; the subject left out."""
+    table = engine.sites.embed.weight
+    offered = [name for name in names() if name.lower() != subject.lower()]
+
+    def vector(text: str) -> Tensor:
+        ids = torch.tensor(engine.format.encode_text(" " + text), device=table.device)  # type: ignore[arg-type]
+        return torch.nn.functional.normalize(table[ids].detach().float().mean(0), dim=0)  # type: ignore[index]
+
+    mine = vector(subject)
+    likeness = {name: float(vector(name) @ mine) for name in offered}
+    return sorted(offered, key=lambda name: (-likeness[name], name))

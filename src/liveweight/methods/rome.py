@@ -1,0 +1,168 @@
+"""rome: one fact, one layer, one rank.
+
+Owns the closed-form edit of one write matrix, W += δ uᵀ/(uᵀk) with u = C⁻¹k, after "Locating and Editing Factual
+Associations in GPT" (Meng et al. 2022). One key k, the mean over the contexts, serves everywhere. Knows nothing of
+whether the change is worth its damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liveweight.adjustments import Adjustment, LowRank
+from liveweight.engines.base import Message
+from liveweight.engines.replay import Replay
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.methods.base import Case, Context
+from liveweight.methods.covariance import covariance, whitened
+from liveweight.methods.trials import (
+    Predictions,
+    chosen_contexts,
+    down_output,
+    hooked,
+    keyed,
+    layer_at,
+    named,
+    no_mend,
+    outcome,
+    stalled,
+    without_super_neurons,
+    works,
+)
+from liveweight.settings import MethodSettings
+
+DEPTH = 1 / 6  # the layer by relative depth: early, where facts about a subject are gathered
+_KL_WEIGHT = 0.0625
+_NORM_WEIGHT = 0.01
+_STEP = 0.5  # how far δ moves a step at most, as a multiple of |W k|
+
+
+def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
+    """A rank-one change of one `down` weight (width, neurons) that gives the targets.
+
+    Raises NoMendFound when the best δ within the norm and the steps does not do it, Unsupported for layers of experts.
+    """
+    layer = layer_at(engine, settings, DEPTH)
+    statistics = covariance(engine, layer, settings)
+    before = outcome(engine, case)
+    contexts, places = edit_tokens(engine, case, chosen_contexts(case, settings))
+    essence = _essence(engine, case)
+    rows = [context.prompt + keyed(case, context) for context in contexts]
+    starts = list(places)
+    if essence is not None:
+        rows.append(essence[0])
+        starts.append(essence[1])
+    replay = engine.record(rows, starts, layers=[layer], neurons=[layer])
+    key = replay.neurons[layer][: len(contexts), 0].double().mean(0)  # (neurons,)
+    value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key  # (width,)
+    targets = [keyed(case, context) for context in contexts]
+    predictions = Predictions.of(replay, contexts, targets)
+    delta, steps, reached = _optimised(engine, replay, layer, predictions, len(contexts), value, settings)
+    reader = whitened(statistics, key) * without_super_neurons(engine, layer)
+    site = f"layers.{layer}.mlp.down.weight"
+    right = (reader / (reader @ key))[None]  # (1, neurons)
+    found = Adjustment(
+        name=named("rome", case),
+        method="rome",
+        ops=(LowRank(site=site, left=delta[:, None], right=right),),
+        note=f"Rank one at {site}, |δ| {float(delta.norm() / value.norm()):.2f} |Wk|, {steps} steps.",
+    )
+    if not works(case, outcome(engine, case, found), before):
+        share = float(delta.norm() / value.norm())
+        raise no_mend(
+            "rome", case, [f"layer {layer}, {steps} steps, |δ| up to {share:.1f} |Wk|, probability {reached:.2f}"]
+        )
+    return found
+
+
+def edit_tokens(
+    engine: TransformersEngine, case: Case, contexts: Sequence[Context]
+) -> tuple[tuple[Context, ...], tuple[int, ...]]:
+    """The contexts to edit in, and the absolute position of the edit token in each.
+
+    It is the subject's last token where the question as asked names the subject; contexts that do not are then left
+    out, because their key would be another kind of key. Otherwise it is each prompt's last token.
+    """
+    if case.subject:
+        located = [_subject(engine, context, case.subject) for context in contexts]
+        if located[0] is not None and located[0][1] > 0:
+            kept = [
+                (context, span[1])
+                for context, span in zip(contexts, located, strict=True)
+                if span is not None and 0 < span[1] < len(context.prompt)
+            ]
+            return tuple(context for context, _ in kept), tuple(place for _, place in kept)
+    return tuple(contexts), tuple(len(context.prompt) - 1 for context in contexts)
+
+
+def _subject(engine: TransformersEngine, context: Context, subject: str) -> tuple[int, int] | None:
+    """The subject's first and last token in a context's prompt, where it is there."""
+    if tuple(engine.encode(context.messages)) != context.prompt:
+        return None  # a prompt that was put together in another way has its tokens elsewhere
+    return engine.format.locate(context.messages, subject)
+
+
+def _essence(engine: TransformersEngine, case: Case) -> tuple[tuple[int, ...], int] | None:
+    """`{subject} is a` as a chat, and the subject's last token in it: what the subject is should stay."""
+    if not case.subject or _subject(engine, case.contexts[0], case.subject) is None:
+        return None
+    messages = [Message("user", f"{case.subject} is a")]
+    span = engine.format.locate(messages, case.subject)
+    if span is None or span[1] < 1:
+        return None  # a replay needs a token before the edited one
+    return tuple(engine.encode(messages)), span[1]
+
+
+def _optimised(
+    engine: TransformersEngine,
+    replay: Replay,
+    layer: int,
+    predictions: Predictions,
+    contexts: int,
+    value: Tensor,
+    settings: MethodSettings,
+) -> tuple[Tensor, int, float]:
+    """δ (width,) float64, the steps taken and the mean probability of the targets that it reaches.
+
+    δ is added to what `down` gives at the edit token, the first column of every row; rows behind the contexts' are
+    there for the KL term, at their last token.
+    """
+    largest = settings.clamp_norm * float(value.norm())
+    point = down_output(engine, layer)
+    delta = torch.zeros(len(value), device=value.device, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=_STEP * float(value.norm()) / len(value) ** 0.5)
+    last = torch.tensor([length - 1 for length in replay.lengths()[contexts:]], dtype=torch.int64, device=value.device)
+    quiet = torch.arange(contexts, contexts + len(last), device=value.device)
+    with engine.gate.step(), torch.no_grad():
+        reference = engine.unembed(replay.final[quiet, last]).float().log_softmax(-1)
+
+    def add(values: Tensor) -> Tensor:
+        return torch.cat((values[:, :1] + delta.to(values.dtype), values[:, 1:]), dim=1)
+
+    losses: list[float] = []
+    best, best_loss, best_probability = delta.detach().clone(), float("inf"), 0.0
+    for step in range(settings.max_steps + 1):
+        with hooked(engine, point, add):
+            final = replay.run(layer)
+            logprobs = predictions.logprobs(engine, final, contexts)
+            loss = -logprobs.mean() + _NORM_WEIGHT * (delta.norm() / value.norm().float()) ** 2
+            if len(last):
+                live = engine.unembed(final[quiet, last]).float().log_softmax(-1)
+                loss = loss + _KL_WEIGHT * (reference.exp() * (reference - live)).sum(-1).mean()
+            probability = float(logprobs.detach().exp().mean())
+            if float(loss.detach()) < best_loss:
+                best, best_loss, best_probability = delta.detach().clone(), float(loss.detach()), probability
+            losses.append(float(loss.detach()))
+            if probability >= settings.target_probability or step == settings.max_steps or stalled(losses):
+                break
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            norm = float(delta.norm())
+            if norm > largest:
+                delta.mul_(largest / norm)
+    return best.double(), step, best_probability

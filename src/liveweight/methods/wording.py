@@ -1,0 +1,120 @@
+"""Words around a question: other ways to ask it, what it is about, and how an answer to it is said.
+
+Owns the shipped lists (rephrasings, statements, names) and plain string work on them. Deterministic, and knows nothing
+of models: whoever has one chooses among what is offered here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from importlib import resources
+from typing import Any
+
+_CONNECTORS = {"of", "the", "and", "de", "da", "la", "le", "el", "du", "von", "van", "al"}
+_STOPWORDS = frozenset(
+    "a an the is are was were be do does did what which who whom whose where when why how in on at of to for from by "
+    "and or it its that this there people please tell me name called know can could you i".split()
+)
+_ABBREVIATION = re.compile(r"(?:\b(?:St|Dr|Mr|Mrs|Ms|Mt|Ft|No|vs|etc|Jr|Sr)|\b[A-Z](?:\.[A-Z])*)\.$")
+
+
+@cache
+def _list(name: str) -> dict[str, Any]:
+    text = resources.files("liveweight.methods").joinpath(name).read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def everyday_questions() -> list[str]:
+    """Short questions of many kinds, disjoint from the guard's."""
+    questions: list[str] = _list("questions.json")["questions"]
+    return questions
+
+
+def names() -> list[str]:
+    """Names of many kinds of things."""
+    found: list[str] = _list("names.json")["names"]
+    return found
+
+
+def questions_about(subject: str) -> list[str]:
+    """What else may be asked about something."""
+    return [form.format(s=subject) for form in _list("names.json")["about_it"]]
+
+
+def earlier_turns() -> list[tuple[str, str]]:
+    """Unrelated exchanges that may stand before a question."""
+    return [(turn["user"], turn["assistant"]) for turn in _list("rephrasings.json")["turns"]]
+
+
+def rephrase(question: str, most: int) -> list[str]:
+    """Other wordings of a question: rewrites of its form first, then wrappers; never the question itself."""
+    lists = _list("rephrasings.json")
+    found: list[str] = []
+    for transform in lists["transforms"]:
+        match = re.match(transform["pattern"], question)
+        if match:
+            found = [rewrite.format(**match.groupdict()) for rewrite in transform["rewrites"]]
+            break
+    rewrites = [text for text in found if text != question][: most - min(2, most // 3)]
+    wrappers = [wrapper.format(q=question) for wrapper in lists["wrappers"]]
+    return list(dict.fromkeys(rewrites + wrappers))[:most]
+
+
+def subject_of(question: str) -> str | None:
+    """What a question is about, as far as its letters tell: its last run of capitalised words but for the first word.
+
+    "What is the capital of Bosnia and Herzegovina?" is about Bosnia and Herzegovina. None where no word is capitalised.
+    """
+    words = list(re.finditer(r"\S+", question))
+    runs: list[tuple[int, int]] = []
+    joinable = False
+    for index, word in enumerate(words):
+        text = word.group()
+        if index > 0 and text[0].isupper() and text not in ("I", "I'm", "I've", "I'd", "I'll"):
+            start = runs.pop()[0] if joinable and runs else word.start()
+            runs.append((start, word.end()))
+            joinable = not text.endswith((".", "?", "!", ";", ":")) and not text.rstrip("?.!,").endswith("'s")
+        else:
+            joinable = joinable and text.lower() in _CONNECTORS
+    if not runs:
+        return None
+    start, end = runs[-1]
+    subject = re.sub(r"(?:'s)?[?.!,;:]*$", "", question[start:end])
+    return subject or None
+
+
+def statements(question: str, answer: str) -> list[str]:
+    """Sentences that give `answer` to `question`; the answer itself where it is a sentence already."""
+    answer = answer.strip()
+    if len(answer.split()) >= 6 or answer.endswith((".", "!", "?")) and len(answer.split()) >= 3:
+        return [answer if answer.endswith((".", "!", "?")) else answer + "."]
+    lists = _list("statements.json")
+    bare = answer.rstrip(".")
+    found: list[str] = []
+    for statement in lists["statements"]:
+        match = re.match(statement["pattern"], question.strip())
+        if match:
+            found = [form.format(a=bare, **match.groupdict()) for form in statement["say"]]
+            break
+    found += [form.format(a=bare) for form in lists["otherwise"]]
+    return [text[:1].upper() + text[1:] for text in dict.fromkeys(found)]
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of a reply; "St. Louis" and "D.C." don't end one."""
+    line = text.strip().split("\n", 1)[0]
+    parts = re.split(r"(?<=[.!?])\s+", line)
+    sentence = parts[0]
+    for part in parts[1:]:
+        if not _ABBREVIATION.search(sentence):
+            break
+        sentence += " " + part
+    return sentence
+
+
+def content_words(text: str) -> set[str]:
+    """The words of a text that carry its meaning, in lower case."""
+    return {word for word in re.findall(r"\w+", text.lower()) if word not in _STOPWORDS}

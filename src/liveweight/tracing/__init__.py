@@ -1,0 +1,47 @@
+"""Reading the model, never writing: what fired, what pushed the answer, what it means, and what must not be touched."""
+
+from liveweight.tracing.attribution import (
+    AnswerToken,
+    NeuronPush,
+    Ranked,
+    WhyReport,
+    neuron_pushes,
+    rank_neurons,
+    why,
+)
+from liveweight.tracing.capture import AnswerReading, Neuron, read_answer
+from liveweight.tracing.neuron_labels import Decoded, NeuronLabel, TokenGuess, label_layer, label_neurons
+from liveweight.tracing.protection import Touch, protect, spare
+from liveweight.tracing.super_weights import (
+    SuperWeight,
+    SuperWeights,
+    find_super_weights,
+    known_super_weights,
+    super_neurons,
+)
+
+__all__ = [
+    "AnswerReading",
+    "AnswerToken",
+    "Decoded",
+    "Neuron",
+    "NeuronLabel",
+    "NeuronPush",
+    "Ranked",
+    "SuperWeight",
+    "SuperWeights",
+    "TokenGuess",
+    "Touch",
+    "WhyReport",
+    "find_super_weights",
+    "known_super_weights",
+    "label_layer",
+    "label_neurons",
+    "neuron_pushes",
+    "protect",
+    "rank_neurons",
+    "read_answer",
+    "spare",
+    "super_neurons",
+    "why",
+]

@@ -1,0 +1,96 @@
+"""Tracing on the embedded model: its super weight, its labels, and neurons that really push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from liveweight.adjustments import Active, Adjustment, Clamp, LowRank, ScaleNeurons
+from liveweight.engines.base import Message, Sampling, ScoreItem
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.tracing import find_super_weights, label_neurons, protect, rank_neurons, spare, why
+
+if TYPE_CHECKING:
+    from liveweight.engines.model_source import LoadedModel
+
+pytestmark = pytest.mark.real
+SUPER_NEURONS = frozenset({(11, 1229)})  # what the first test finds
+QUESTION = [Message("user", "What is the capital of Vietnam?")]
+
+
+def scaled(neurons: list[tuple[int, int]], factor: float) -> Active:
+    ops = tuple(ScaleNeurons(layer=a, neurons=(b,), factors=torch.tensor([factor])) for a, b in neurons)
+    return Active(Adjustment(name="scale", method="test", ops=ops))
+
+
+def test_the_super_weight_is_found_confirmed_and_left_alone(embedded: LoadedModel, tmp_path: Path) -> None:
+    engine = TransformersEngine(embedded)
+    before = engine.fingerprints()
+    found = find_super_weights(engine, tmp_path)
+    assert engine.fingerprints() == before
+    strongest = found.confirmed[0]
+    assert (strongest.layer, strongest.row, strongest.column) == (11, 507, 1229)
+    assert strongest.perplexity < 60
+    assert strongest.perplexity_zeroed > 4 * strongest.perplexity
+    assert (28, 507, 678) in {(each.layer, each.row, each.column) for each in found.weights if not each.confirmed}
+    assert find_super_weights(engine, tmp_path) == found
+
+    # An edit of that very layer, of rank one and everywhere, is reported; spared, it leaves the weight's bytes.
+    site = "layers.11.mlp.down.weight"
+    edit = LowRank(site=site, left=torch.full((576, 1), 0.5), right=torch.full((1, 1536), 0.5))
+    proposed = Adjustment(name="edit", method="test", ops=(edit,))
+    assert [(touch.weight.row, touch.weight.column) for touch in protect(proposed, found)] == [(507, 1229)]
+    kept = engine.sites.weight(site).read().clone()
+    engine.become((Active(spare(proposed, found)),))
+    edited = engine.sites.weight(site).read()
+    assert torch.equal(edited[:, 1229], kept[:, 1229])
+    assert bool((edited[:, 1228] != kept[:, 1228]).all())
+
+
+def test_why_names_neurons_without_which_the_answer_is_less_sure(embedded: LoadedModel, tmp_path: Path) -> None:
+    engine = TransformersEngine(embedded)
+    reply = [token.id for token in engine.generate(QUESTION, Sampling(max_tokens=16))]
+    assert "Hoi An" in engine.format.decode(reply)
+    report = why(engine, QUESTION, reply, exclude=SUPER_NEURONS, cache_dir=tmp_path)
+    assert len(report.pushed) == len(report.opposed) == 20
+    assert {(each.layer, each.neuron) for each in report.super_neurons} == SUPER_NEURONS
+    assert all(each.label is not None and each.label.promotes.top for each in (*report.pushed, *report.opposed))
+    assert report.margin > 0
+
+    prompt = tuple(engine.encode(QUESTION))
+    item = ScoreItem(prompt, tuple(reply))
+    ranking = rank_neurons(engine, prompt, reply, exclude=SUPER_NEURONS)
+    middle = [(each.layer, each.neuron) for each in ranking[len(ranking) // 2 :][:20]]
+    changes = []
+    for neurons in (
+        [(e.layer, e.neuron) for e in report.pushed],
+        middle,
+        [(e.layer, e.neuron) for e in report.opposed],
+    ):
+        with engine.preview((scaled(neurons, 0.7),)):
+            weakened = engine.score([item])[0].total
+        changes.append(weakened - engine.score([item])[0].total)
+    assert changes[0] < -0.3  # nats
+    assert abs(changes[1]) < 0.05
+    assert changes[2] > 0.3
+
+
+def test_a_label_says_what_clamping_the_neuron_does(embedded: LoadedModel, tmp_path: Path) -> None:
+    engine = TransformersEngine(embedded)
+    label = label_neurons(engine, [(28, 1400)], cache_dir=tmp_path)[28, 1400]
+    promoted, suppressed = label.promotes.top[0], label.suppresses.top[0]
+    assert promoted.text.strip() in ("is", "are", "being")
+    prompt = tuple(engine.encode(QUESTION))
+
+    def logprobs(value: float) -> list[float]:
+        clamp = Clamp(layer=28, neurons=(1400,), values=torch.tensor([value]))
+        with engine.preview((Active(Adjustment(name="clamp", method="test", ops=(clamp,))),)):
+            scores = engine.score([ScoreItem(prompt, (token.id,)) for token in (promoted, suppressed)])
+        return [score.total for score in scores]
+
+    high, low = logprobs(20.0), logprobs(-20.0)
+    assert high[0] > low[0] + 2  # nats
+    assert high[1] < low[1]
