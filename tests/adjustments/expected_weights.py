@@ -1,4 +1,4 @@
-"""What the tests of weight ops share: states of ops, and the check that an op changes what it names and nothing else."""
+"""What the tests of weight ops share: states of ops, and the check that an op changes what it names and no more."""
 
 from __future__ import annotations
 

@@ -41,12 +41,15 @@ ADJUSTMENT = Adjustment(name="Hanoi, not Hoi An", method="rome", ops=OPS, note="
 def test_the_hash_is_the_same_in_another_process() -> None:
     program = (
         "import torch\n"
-        "from liveweight.adjustments import Adjustment, ScaleNeurons\n"
-        "op = ScaleNeurons(layer=0, neurons=(1, 2), factors=torch.tensor([0.5, 1.5]))\n"
-        "print(Adjustment(name='n', method='m', ops=(op,)).hash)\n"
+        "from liveweight.adjustments import Adjustment, ReplaceNeurons, ScaleNeurons\n"
+        "scaled = ScaleNeurons(layer=0, neurons=(1, 2), factors=torch.tensor([0.5, 1.5]))\n"
+        "parts = {'up': torch.ones(1, 2), 'down': torch.ones(2, 1), 'gate': torch.zeros(1, 2)}\n"
+        "replaced = ReplaceNeurons(layer=1, neurons=(4,), **parts)\n"
+        "print(Adjustment(name='n', method='m', ops=(scaled, replaced)).hash)\n"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert found.stdout.strip() == Adjustment(name="n", method="m", ops=OPS[:1]).hash
+    ops = (OPS[0], *(op for op in OPS if isinstance(op, ReplaceNeurons) and op.gate is not None))
+    assert found.stdout.strip() == Adjustment(name="n", method="m", ops=ops).hash
 
 
 def test_the_hash_names_everything_that_the_adjustment_holds() -> None:

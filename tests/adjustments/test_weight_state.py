@@ -226,6 +226,17 @@ def test_an_op_that_does_not_fit_is_refused_and_the_state_is_as_before(
     assert bytes_of(model) == bytes_of(tiny_model(name))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("strength", [2.0, -2.0])
+def test_a_single_weight_that_would_not_be_finite_is_refused(dtype: torch.dtype, strength: float) -> None:
+    model = tiny_model("qwen3", dtype)
+    op = Entries(site="layers.1.mlp.up.weight", indices=[[3, 2], [4, 1]], values=[torch.finfo(dtype).max, 0.0])
+    for ops in ((op,), (op, LowRank(site=op.site, left=torch.ones(40, 1), right=torch.ones(1, WIDTH)))):
+        with pytest.raises(InvalidInput, match="would not be finite"):
+            WeightState(model_sites(model)).become(state_of(*ops, strength=strength))
+    assert bytes_of(model) == bytes_of(tiny_model("qwen3", dtype))
+
+
 def test_an_interrupt_in_the_middle_of_writing_leaves_the_state_before(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", torch.bfloat16)
     sites = model_sites(model)

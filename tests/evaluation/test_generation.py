@@ -37,7 +37,7 @@ def test_equal_prompts_get_equal_answers_however_many_there_are(engine: Transfor
 def test_an_active_hook_is_obeyed(engine: TransformersEngine) -> None:
     prompts = [engine.format.encode_text(question) for question in QUESTIONS]
     before = generate_batch(engine, prompts, 6)
-    clamp = Clamp(layer=1, neurons=tuple(range(40)), value=torch.full((40,), 9.0))
+    clamp = Clamp(layer=1, neurons=tuple(range(40)), values=torch.full((40,), 9.0))
     engine.become((Active(Adjustment(name="clamp", method="test", ops=(clamp,))),))
     assert generate_batch(engine, prompts, 6) == one_by_one(engine, prompts, 6)
     assert generate_batch(engine, prompts, 6) != before

@@ -24,7 +24,10 @@ def country(name: str, capital: list[str], languages: list[str], currencies: lis
 def test_questions_come_country_by_country_without_those_that_have_no_answer(tmp_path: Path) -> None:
     file = written(
         tmp_path,
-        [country("Aruba", ["Oranjestad"], ["Dutch", "Papiamento"], ["Aruban florin"]), country("Bouvet", [], ["x"], [])],
+        [
+            country("Aruba", ["Oranjestad"], ["Dutch", "Papiamento"], ["Aruban florin"]),
+            country("Bouvet", [], ["x"], []),
+        ],
     )
     found = list(country_questions(file))
     assert [each.question for each in found] == [

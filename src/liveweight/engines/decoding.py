@@ -12,14 +12,15 @@ Knows nothing of sampling, of chats, or of when weights change: its owner drops 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from liveweight.engines.replay import unembed
+from liveweight.engines.replay import keys_and_values, unembed
 from liveweight.sites import ModelSites
 
 _DIRECT = ("llama", "mistral", "qwen2", "qwen3")
@@ -44,7 +45,7 @@ class ModuleDecoder:
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Read some tokens and return the logits (vocabulary,) after the last of them."""
-        ids = torch.tensor([list(tokens)], device=self._sites.embed.weight.device)  # type: ignore[arg-type]
+        ids = torch.tensor([list(tokens)], device=self._model.device)
         output = self._model.base_model(input_ids=ids, past_key_values=self.cache, use_cache=True)
         return unembed(self._model, self._sites, output.last_hidden_state[0, -1])
 
@@ -56,7 +57,7 @@ class DirectDecoder:
     def fits(model: PreTrainedModel, sites: ModelSites) -> bool:
         """Whether this model's step is the one written here."""
         config = model.config
-        if config.model_type not in _DIRECT or sites.embed.weight.device.type != "cpu":
+        if config.model_type not in _DIRECT or model.device.type != "cpu":
             return False
         windows = getattr(config, "layer_types", None) or []
         plain = all(kind == "full_attention" for kind in windows) and not getattr(config, "sliding_window", None)
@@ -77,9 +78,11 @@ class DirectDecoder:
         config = model.config
         self._eps = float(config.rms_norm_eps)
         self._scale = float(sites.head_dim**-0.5)
-        self._rotary = model.base_model.rotary_emb
+        self._rotary = model.base_model.get_submodule("rotary_emb")
         self._blocks = [_block(sites, layer) for layer in range(sites.layers)]
-        self._act = [sites.activation_function(layer) for layer in range(sites.layers)]
+        self._embed = sites.weight("embed.weight").parameter.detach()
+        self._head = sites.weight("lm_head.weight").parameter.detach()
+        self._final_norm = sites.weight("final_norm.weight").parameter.detach()
         self.neurons: list[Tensor] = []  # of the last step, a layer: (neurons,)
 
     def feed(self, tokens: Sequence[int]) -> Tensor:
@@ -92,15 +95,13 @@ class DirectDecoder:
         cache = DynamicCache(config=self._model.config)
         if self._length:
             for layer in range(self._sites.layers):
-                cache.update(
-                    self._keys[layer][:, :, : self._length], self._values[layer][:, :, : self._length], layer
-                )
+                cache.update(self._keys[layer][:, :, : self._length], self._values[layer][:, :, : self._length], layer)
         output = self._model.base_model(input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True)
         length = self._length + len(tokens)
         self._grow(length, output.last_hidden_state.dtype)
-        for layer, filled in enumerate(cache.layers):
-            self._keys[layer][:, :, :length] = filled.keys
-            self._values[layer][:, :, :length] = filled.values
+        for layer, (keys, values) in enumerate(keys_and_values(cache)):
+            self._keys[layer][:, :, :length] = keys
+            self._values[layer][:, :, :length] = values
         self._length = length
         return unembed(self._model, self._sites, output.last_hidden_state[0, -1])
 
@@ -132,13 +133,13 @@ class DirectDecoder:
         heads, kv_heads, size = sites.heads, sites.kv_heads, sites.head_dim
         groups = heads // kv_heads
         eps, width = self._eps, (sites.width,)
-        hidden = sites.embed.weight[token]  # type: ignore[index]
+        hidden = self._embed[token]
         self.neurons = []
         for layer, block in enumerate(self._blocks):
             x = F.rms_norm(hidden, width, block.attn_norm, eps)
             q = block.q(x).view(heads, size)
             k = block.k(x).view(kv_heads, size)
-            if block.q_norm is not None:
+            if block.q_norm is not None and block.k_norm is not None:
                 q = F.rms_norm(q, (size,), block.q_norm, eps)
                 k = F.rms_norm(k, (size,), block.k_norm, eps)
             q = q * cos + torch.roll(q, self._half, 1) * sin
@@ -155,12 +156,11 @@ class DirectDecoder:
             )
             hidden = hidden + block.o(mixed.reshape(-1))
             x = F.rms_norm(hidden, width, block.mlp_norm, eps)
-            neurons = self._act[layer](block.gate(x)) * block.up(x)  # type: ignore[misc]
+            neurons: Tensor = block.act(block.gate(x)) * block.up(x)
             self.neurons.append(neurons)
             hidden = hidden + block.down(neurons)
         self._length = position + 1
-        final = F.rms_norm(hidden, width, sites.final_norm.weight, eps)  # type: ignore[arg-type]
-        return torch.mv(sites.lm_head.weight, final)  # type: ignore[arg-type]
+        return torch.mv(self._head, F.rms_norm(hidden, width, self._final_norm, eps))
 
 
 class _Linear:
@@ -168,34 +168,61 @@ class _Linear:
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    def __init__(self, module: nn.Module) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        self.weight = weight.detach()
         bias = getattr(module, "bias", None)
-        self.bias: Tensor | None = None if bias is None else bias.detach()
+        self.bias = bias.detach() if isinstance(bias, Tensor) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.mv(self.weight, x) if self.bias is None else torch.addmv(self.bias, self.weight, x)
 
 
+@dataclass(frozen=True, slots=True)
 class _Block:
     """One block's parts, looked up once."""
 
-    __slots__ = ("attn_norm", "down", "gate", "k", "k_norm", "mlp_norm", "o", "q", "q_norm", "up", "v")
+    attn_norm: Tensor
+    mlp_norm: Tensor
+    q: _Linear
+    k: _Linear
+    v: _Linear
+    o: _Linear
+    gate: _Linear
+    up: _Linear
+    down: _Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    act: nn.Module
 
 
 def _block(sites: ModelSites, layer: int) -> _Block:
-    block = _Block()
-    source = sites.blocks[layer]
-    attention, mlp = source.self_attn, source.mlp
-    for name in ("q", "k", "v", "o"):
-        setattr(block, name, _Linear(getattr(attention, f"{name}_proj")))  # type: ignore[arg-type]
-    for name in ("gate", "up", "down"):
-        setattr(block, name, _Linear(getattr(mlp, f"{name}_proj")))  # type: ignore[arg-type]
-    block.attn_norm = source.input_layernorm.weight.detach()  # type: ignore[operator,union-attr]
-    block.mlp_norm = source.post_attention_layernorm.weight.detach()  # type: ignore[operator,union-attr]
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    block.q_norm, block.k_norm = (None if norm is None else norm.weight.detach() for norm in norms)
-    return block
+    def weight(part: str) -> Tensor:
+        return sites.weight(f"layers.{layer}.{part}.weight").parameter.detach()
+
+    def linear(part: str) -> _Linear:
+        return _Linear(sites.weight(f"layers.{layer}.{part}.weight").module)
+
+    def norm(part: str) -> Tensor | None:
+        return weight(part) if sites.has_weight(f"layers.{layer}.{part}.weight") else None
+
+    act = sites.activation_function(layer)
+    assert act is not None, layer
+    return _Block(
+        attn_norm=weight("attn_norm"),
+        mlp_norm=weight("mlp_norm"),
+        q=linear("attn.q"),
+        k=linear("attn.k"),
+        v=linear("attn.v"),
+        o=linear("attn.o"),
+        gate=linear("mlp.gate"),
+        up=linear("mlp.up"),
+        down=linear("mlp.down"),
+        q_norm=norm("attn.q_norm"),
+        k_norm=norm("attn.k_norm"),
+        act=act,
+    )
 
 
 def decoder(model: PreTrainedModel, sites: ModelSites, *, direct: bool) -> Decoder:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from liveweight.errors import Unsupported
 from liveweight.sites import ModelSites
 
 
@@ -31,7 +32,7 @@ class FixedCache(DynamicCache):
         """Take over what `filled` holds, spread over `rows` rows."""
         super().__init__(config=model.config)
         self._past = [
-            (layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in filled.layers
+            (keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in keys_and_values(filled)
         ]
         self._length = self._past[0][0].shape[-2]
 
@@ -50,6 +51,20 @@ class FixedCache(DynamicCache):
         """How long the keys are, and where they begin."""
         new = query_length if isinstance(query_length, int) else int(query_length.shape[0])
         return self._length + new, 0
+
+
+def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """What a cache holds, a layer: keys and values, (rows, kv_heads, length, head_dim). Raises Unsupported."""
+    found = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+            raise Unsupported(
+                "This model keeps something else than keys and values between tokens.",
+                hint="Only models with attention in every layer can be run from a layer on.",
+            )
+        found.append((keys, values))
+    return found
 
 
 def full_cache(model: PreTrainedModel) -> DynamicCache:
@@ -216,7 +231,7 @@ def run_whole(
             undo.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
             if inputs is not None:
                 # The blocks' arguments are wanted here, not their work: each hands on what it got.
-                block.forward = lambda hidden_states, *args, **kwargs: hidden_states  # type: ignore[method-assign]
+                block.forward = lambda hidden_states, *args, **kwargs: hidden_states
                 undo.callback(delattr, block, "forward")
         output = model.base_model(input_ids=ids, use_cache=False)
     if inputs is None:

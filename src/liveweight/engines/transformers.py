@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from liveweight.adjustments import ActivationState, Active, State, WeightState, state_hash
@@ -20,7 +23,7 @@ from liveweight.engines.decoding import Decoder, DirectDecoder, chunks, decoder
 from liveweight.engines.gate import Gate, GateMode
 from liveweight.engines.model_source import LoadedModel
 from liveweight.engines.replay import Replay, full_cache, record, unembed
-from liveweight.errors import InvalidInput, Unsupported
+from liveweight.errors import InvalidInput
 from liveweight.sites import model_sites
 
 _ROWS = 32  # sequences of one scoring batch
@@ -97,7 +100,7 @@ class TransformersEngine:
         """sha256 of every tensor's bytes as they are now, by parameter name."""
         with self.gate.step():
             return {
-                name: hashlib.sha256(parameter.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()).hexdigest()
+                name: hashlib.sha256(raw_bytes(parameter).data).hexdigest()
                 for name, parameter in self.model.named_parameters()
             }
 
@@ -121,7 +124,7 @@ class TransformersEngine:
             width=sites.width,
             neurons=sites.neurons,
             heads=sites.heads,
-            vocabulary=int(sites.embed.weight.shape[0]),  # type: ignore[union-attr,index,arg-type]
+            vocabulary=sites.vocabulary,
             parameters=sum(each.numel() for each in model.parameters()),
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
@@ -196,8 +199,10 @@ class TransformersEngine:
                 stop = next((word for word in sampling.stop if word in said), None)
                 if stop is not None:
                     text = text[: max(0, len(text) - (len(said) - said.index(stop)))]
-                finish = "stop" if ended or stop is not None else "length" if made == most else ""
-                yield Token(token, text, logprob, version, finish, values)  # type: ignore[arg-type]
+                finish: Literal["", "stop", "length"] = (
+                    "stop" if ended or stop is not None else "length" if made == most else ""
+                )
+                yield Token(token, text, logprob, version, finish, values)
                 if finish:
                     return
         finally:
@@ -226,12 +231,12 @@ class TransformersEngine:
     def greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Each prompt's greedy continuation of at most `tokens` tokens, ended by its end token; all in one batch."""
         longest, pad = max(map(len, prompts)), self.format.pad_token
-        device = self.sites.embed.weight.device
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)  # type: ignore[arg-type]
-        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)  # type: ignore[arg-type]
+        device = self.model.device
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
-        cache, made, done = full_cache(self.model), [], torch.zeros(len(prompts), dtype=torch.bool, device=device)  # type: ignore[arg-type]
-        ends = torch.tensor(sorted(self.format.end_tokens), device=device)  # type: ignore[arg-type]
+        cache, made, done = full_cache(self.model), [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        ends = torch.tensor(sorted(self.format.end_tokens), device=device)
         with self.gate.step(), self.activations.prompt([len(p) for p in prompts]), torch.inference_mode():
             for _ in range(tokens):
                 output = self.model.base_model(
@@ -286,7 +291,7 @@ class TransformersEngine:
         mlp_inputs: Sequence[int] = (),
     ) -> Replay:
         """Run a batch once under the present weights, keeping what trials need; see `replay.record`."""
-        with self.gate.step(), torch.no_grad():
+        with self.gate.step(), self.activations.prompt([start + 1 for start in starts]), torch.no_grad():
             return record(
                 self.model,
                 self.sites,
@@ -311,7 +316,7 @@ class TransformersEngine:
         as they were. Raises UnknownSite.
         """
         ids = [*tokens, *(gradient_of.answer if gradient_of else ())]
-        if not ids:
+        if not tokens:
             raise InvalidInput("There is nothing to trace.", hint="Give some tokens.")
         points = [self.sites.activation(site) for site in sites]
         kept: dict[str, Tensor] = {}
@@ -326,12 +331,13 @@ class TransformersEngine:
             kept[site] = value
             return value
 
-        with self.gate.step(), torch.set_grad_enabled(gradient_of is not None), ExitStack() as hooks:
+        prompt = self.activations.prompt(len(tokens))
+        with self.gate.step(), prompt, torch.set_grad_enabled(gradient_of is not None), ExitStack() as hooks:
             for point in points:
                 handle = point.on(lambda value, site=point.site: keep(site, value))  # type: ignore[misc]
                 hooks.callback(handle.remove)
-            device = self.sites.embed.weight.device
-            output = self.model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)  # type: ignore[arg-type]
+            device = self.model.device
+            output = self.model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)
             gradients: dict[str, Tensor] = {}
             value = None
             if gradient_of is not None:
@@ -352,9 +358,7 @@ class TransformersEngine:
         logits = self.unembed(final[prompt - 1 : prompt - 1 + len(answer)]).float()
         if not against:
             chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
-            others = logits.detach().scatter(
-                1, torch.tensor(answer, device=logits.device)[:, None], float("-inf")
-            )
+            others = logits.detach().scatter(1, torch.tensor(answer, device=logits.device)[:, None], float("-inf"))
             return (chosen - logits.gather(1, others.argmax(-1, keepdim=True))[:, 0]).sum()
         apart = next((i for i, (a, b) in enumerate(zip(answer, against, strict=False)) if a != b), None)
         if apart is None:
@@ -362,6 +366,12 @@ class TransformersEngine:
                 "The two answers begin alike, so there is no margin between them.", hint="Give two different answers."
             )
         return logits[apart, answer[apart]] - logits[apart, against[apart]]
+
+
+def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """A tensor's bytes, (n,) uint8, without a copy where it is contiguous on the CPU."""
+    found: NDArray[np.uint8] = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+    return found
 
 
 def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:

@@ -17,14 +17,16 @@ _SPACE = re.compile(r"\s+")
 _NO_WORD = re.compile(r"[^\w\s]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _ABBREVIATION = re.compile(r"\b(St|Dr|Mr|Mrs|Ms|Mt|Ft|No|D\.C|U\.S|U\.K|[A-Z])\.$")
-_PIECE = re.compile(r"[\w'’`-]+|[^\w\s]")
+_PIECE = re.compile(r"[\w'`\u2019-]+|[^\w\s]")
 # Words that carry an answer to a question about a capital, a language or a currency, but are never the answer itself.
 _CARRIERS = frozenset(
-    "a an the this that it its is are was be been has have with and or of in at on by from to as for which who where "
-    "their there they people speak speaks spoken use uses used using pay paid hear known called named named officially "
-    "official mainly primarily commonly predominantly also most mostly widely primary main national local native modern "
-    "country nation state island islands republic kingdom territory capital city town language languages dialect "
-    "currency money unit located situated sovereign blend form you will would can i s".split()
+    """
+    a an the this that it its is are was be been has have with and or of in at on by from to as for which who
+    where their there they people speak speaks spoken use uses used using pay paid hear known called named
+    officially official mainly primarily commonly predominantly also most mostly widely primary main national
+    local native modern country nation state island islands republic kingdom territory capital city town language
+    languages dialect currency money unit located situated sovereign blend form you will would can i s
+    """.split()  # noqa: SIM905 (a hundred words read better as words than as a list)
 )
 
 BABBLE_REPETITION = 0.3  # of the 3-grams repeat an earlier one
@@ -71,10 +73,12 @@ def claimed_answer(question: str, reply: str) -> str:
     "The capital of Angola is Anguimba, a city ..." claims "anguimba". Punctuation ends a run. The result is normalised,
     and empty where the sentence says nothing new. A proxy, made for one-name questions.
     """
-    known = set(normalised(question).split()) | _CARRIERS
+    asked = set(normalised(question).split())
     claimed: list[str] = []
     for piece in _PIECE.findall(first_sentence(reply)):
         words = normalised(piece).split()
+        # "Hoi An" goes on with a carrier, but one that is written as a name.
+        known = asked if claimed and piece[0].isupper() else asked | _CARRIERS
         new = bool(words) and not all(word in known for word in words)
         if new:
             claimed += words

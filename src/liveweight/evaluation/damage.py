@@ -53,24 +53,24 @@ class NeighbourMeter:
         """`max_tokens` is how long the replies may be that changed."""
         if not kept:
             raise InvalidInput("There are no answers to watch.", hint="Give one or more.")
-        self._engine, self._kept, self._max_tokens = engine, tuple(kept), max_tokens
+        self.engine, self._kept, self._max_tokens = engine, tuple(kept), max_tokens
         self._items = [
             ScoreItem(tuple(engine.encode([Message("user", each.question)])), self._sentence(each.reply))
             for each in self._kept
         ]
 
     def _sentence(self, reply: tuple[int, ...]) -> tuple[int, ...]:
-        decode = self._engine.format.decode
+        decode = self.engine.format.decode
         length = len(first_sentence(decode(reply)))
         taken = next((n for n in range(1, len(reply)) if len(decode(reply[:n]).strip()) >= length), len(reply))
         return reply[:taken]
 
     def measure(self) -> Neighbours:
         """Under the weights of now."""
-        decode = self._engine.format.decode
-        scores = self._engine.score(self._items)
+        decode = self.engine.format.decode
+        scores = self.engine.score(self._items)
         doubtful = [index for index, score in enumerate(scores) if not score.greedy]
-        said = generate_batch(self._engine, [self._items[index].prompt for index in doubtful], self._max_tokens)
+        said = generate_batch(self.engine, [self._items[index].prompt for index in doubtful], self._max_tokens)
         changed, wrong = [], 0
         for index, ids in zip(doubtful, said, strict=True):
             kept, text = self._kept[index], decode(ids)
@@ -92,7 +92,7 @@ class KLMeter:
         """Make the references under the engine's present weights, which should be the base's."""
         if not questions:
             raise InvalidInput("There are no questions to measure on.", hint="Give one or more.")
-        self._engine = engine
+        self.engine = engine
         prompts = [engine.encode([Message("user", question)]) for question in questions]
         self._rows = list(zip(prompts, generate_batch(engine, prompts, tokens), strict=True))
         self._base = [self._logprobs(start) for start in range(0, len(self._rows), _ROWS)]
@@ -100,7 +100,7 @@ class KLMeter:
     def _logprobs(self, start: int) -> list[Tensor]:
         """Of one batch: a (T, vocabulary) a row, where each token of the base's answer is predicted."""
         batch = self._rows[start : start + _ROWS]
-        engine = self._engine
+        engine = self.engine
         with engine.gate.step(), torch.inference_mode():
             replay = engine.record([p + r for p, r in batch], [len(p) - 1 for p, _ in batch])
             return [
@@ -130,14 +130,14 @@ class PerplexityMeter:
         ]
         if not self._items:
             raise InvalidInput("The text is too short to measure its perplexity.", hint="Give three words or more.")
-        self._engine = engine
+        self.engine = engine
         self.base = self.measure()
 
     def measure(self) -> float:
-        """exp of the mean negative log-likelihood a token, under the weights of now."""
+        """The exponential of the mean negative log-likelihood a token, under the weights of now."""
         total, count = 0.0, 0
         for item in self._items:  # one by one: a window's logits are a hundred megabytes
-            score = self._engine.score([item])[0]
+            score = self.engine.score([item])[0]
             total -= score.total
             count += len(score.tokens)
         return math.exp(total / count)

@@ -79,6 +79,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InvalidInput(f"{file} cannot be read as JSON: {error}.", hint=hint) from error
     wanted = {"name", *get_args(Relation)}
-    if not isinstance(countries, list) or not all(isinstance(each, dict) and wanted <= each.keys() for each in countries):
+    if not isinstance(countries, list) or not all(
+        isinstance(each, dict) and wanted <= each.keys() for each in countries
+    ):
         raise InvalidInput(f"{file} does not hold countries.", hint=hint)
     return countries

@@ -250,7 +250,7 @@ class Guard:
             yield final[index, row.start - 1 : len(row.tokens) - 1]
 
     def _first_changed(self, before: State, after: State) -> int:
-        """The first layer that has to be run again: the last where nothing below the unembedding differs, -1 for all."""
+        """The first layer that has to be run again: -1 for all, the last one where only the unembedding differs."""
         found = first_layer(self.engine.weights, before, after)
         return self.engine.sites.layers - 1 if found is None else min(found, self.engine.sites.layers - 1)
 

@@ -10,7 +10,9 @@ from liveweight.methods.case import build_case
 from liveweight.methods.wording import content_words, first_sentence
 
 _ALL = (
-    Described("patch", patch.propose, "One little-used neuron for each wrong token, shut elsewhere.", ("fix", "bad", "good")),
+    Described(
+        "patch", patch.propose, "One little-used neuron for each wrong token, shut elsewhere.", ("fix", "bad", "good")
+    ),
     Described("select", select.propose, "Fewest responsible neurons scaled until the answer goes.", ("bad", "fix")),
     Described("scale", scale.propose, "Every neuron that was active scaled down (bad) or up (good).", ("bad", "good")),
     Described("gain", gain.propose, "Gains inside the activation function moved, step by step.", ("bad", "fix")),

@@ -50,7 +50,9 @@ class Case:
     key: tuple[int, int]
     subject: str | None  # what the question is about, where it can be told
     others: tuple[Context, ...] = ()  # the same question about other things: to be left alone
-    previous: tuple[tuple[int, ...], ...] = ()  # prompt and answer tokens of earlier changes and protected answers
+    previous: tuple[
+        tuple[tuple[int, ...], tuple[int, ...]], ...
+    ] = ()  # prompt and answer tokens of earlier changes and protected answers
 
     @property
     def question(self) -> str:
@@ -61,7 +63,9 @@ class Case:
 class Method(Protocol):
     """Proposes an adjustment; never writes. Raises NoMendFound, or Unsupported where the model does not allow it."""
 
-    def __call__(self, engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment: ...
+    def __call__(self, engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
+        """Propose an adjustment for a case."""
+        ...
 
 
 Accept = Callable[[Adjustment], bool]  # whether a proposal works and stays in budget: what the ladder asks

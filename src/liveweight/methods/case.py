@@ -26,7 +26,7 @@ from liveweight.methods.wording import (
     subject_of,
 )
 
-CONTEXTS = 8  # ways of asking that a mend is fitted to
+CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
 ABOUT = 4  # other questions about the same thing
 _SENTENCE = 40  # tokens that a first sentence may have
@@ -50,7 +50,9 @@ def build_case(
     """
     turns = tuple(messages)
     if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
-        raise InvalidInput("There is no question to mend an answer to.", hint="The chat must end with a user's message.")
+        raise InvalidInput(
+            "There is no question to mend an answer to.", hint="The chat must end with a user's message."
+        )
     question = turns[-1].content.strip()
     if kind == "fix":
         if wanted is None or not wanted.strip():
@@ -63,7 +65,9 @@ def build_case(
         sentence = first_sentence(answer)
         piece = sentence
         if not sentence:
-            raise InvalidInput("The answer is empty, so there is nothing to keep.", hint="Judge a reply with some text.")
+            raise InvalidInput(
+                "The answer is empty, so there is nothing to keep.", hint="Judge a reply with some text."
+            )
     contexts = _contexts(engine, turns, question, sentence, rewordings=0 if kind == "good" else CONTEXTS - 1)
     subject = subject_of(question)
     return Case(
@@ -157,8 +161,8 @@ def _next_best(
 
 
 def _next_logits(engine: TransformersEngine, ids: list[int]) -> Tensor:
-    device = engine.sites.embed.weight.device
-    output = engine.model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)  # type: ignore[arg-type]
+    device = engine.model.device
+    output = engine.model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)
     return engine.unembed(output.last_hidden_state[0, -1]).float().cpu()
 
 
@@ -212,12 +216,12 @@ def _others(
 
 def _like(engine: TransformersEngine, subject: str) -> list[str]:
     """Names, those most like the subject first by the cosine of their mean embeddings; the subject left out."""
-    table = engine.sites.embed.weight
+    table = engine.sites.weight("embed.weight").parameter.detach()
     offered = [name for name in names() if name.lower() != subject.lower()]
 
     def vector(text: str) -> Tensor:
-        ids = torch.tensor(engine.format.encode_text(" " + text), device=table.device)  # type: ignore[arg-type]
-        return torch.nn.functional.normalize(table[ids].detach().float().mean(0), dim=0)  # type: ignore[index]
+        ids = torch.tensor(engine.format.encode_text(" " + text), device=table.device)
+        return torch.nn.functional.normalize(table[ids].float().mean(0), dim=0)
 
     mine = vector(subject)
     likeness = {name: float(vector(name) @ mine) for name in offered}

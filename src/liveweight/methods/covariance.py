@@ -7,6 +7,7 @@ Knows nothing of edits. The text is the one that ships with the package, or the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -22,9 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from liveweight.engines.gguf_cache import disk_full_is_said
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput
+from liveweight.errors import InvalidInput, NoSpace
 from liveweight.settings import MethodSettings
 
 _LENGTH = 256  # tokens of one sequence
@@ -160,13 +160,19 @@ def _read(file: Path, neurons: int) -> Tensor | None:
 
 
 def _write(file: Path, values: Tensor) -> None:
-    with disk_full_is_said(file.parent):
+    temporary: str | None = None
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
         os.close(handle)
-        try:
-            save_file({"covariance": values}, temporary)
-            os.replace(temporary, file)
-        except BaseException:
+        save_file({"covariance": values}, temporary)
+        os.replace(temporary, file)
+    except BaseException as error:
+        if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-            raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(
+                f"The disk of {file.parent} became full while key statistics were kept.",
+                hint="Free some space, or point LIVEWEIGHT_CACHE_DIR at another disk; nothing half-made was kept.",
+            ) from error
+        raise

@@ -6,7 +6,7 @@ the case, and shut for the same question about other things, for other questions
 and for plain text. Shut means shut: an activation function is almost zero below its threshold, so the neighbours do not
 move. What the neuron writes is then optimised until every token of the wished answer leads by a margin.
 
-    gate  g = s·A⁻¹(a·w₊·k − b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge,  M and m: moment and mean of all that is to be left
+    gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge,  M and m: moment and mean of all that is to be left
     up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)   k: mean MLP input where the token is due
     down  d: gradient steps on the margins of the answer's tokens
 
@@ -60,7 +60,8 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     layer = _layer(engine, settings)
     if engine.sites.experts_of(layer):
         raise Unsupported(
-            f"Layer {layer} has experts, and a patch needs a dense MLP.", hint="Choose another method, such as finetune."
+            f"Layer {layer} has experts, and a patch needs a dense MLP.",
+            hint="Choose another method, such as finetune.",
         )
     around = surroundings(engine, [layer])[layer]
     batch = _record(engine, case, layer)
@@ -173,9 +174,7 @@ def _due(engine: TransformersEngine, batch: _Batch) -> list[int]:
 
 def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
     """(N, width) what the MLP reads while it says what is to be left alone."""
-    rows = [(context.prompt, context.target) for context in case.others]
-    for prompt, reply in case.previous[-32:]:
-        rows.append((prompt, reply))
+    rows = [*((context.prompt, context.target) for context in case.others), *case.previous[-32:]]
     if not rows:
         return torch.zeros(0, engine.sites.width)
     replay = engine.record(

@@ -41,7 +41,9 @@ class Surroundings:
     usage: Tensor  # (neurons,), E[|a|]·|w_down|
 
 
-def surroundings(engine: TransformersEngine, layers: Sequence[int], *, progress: bool = True) -> dict[int, Surroundings]:
+def surroundings(
+    engine: TransformersEngine, layers: Sequence[int], *, progress: bool = True
+) -> dict[int, Surroundings]:
     """The statistics of some layers, from the cache or computed now (about half a minute for a small model)."""
     folder = engine.loaded.source.cache_dir / "surroundings"
     questions = everyday_questions()
@@ -116,8 +118,8 @@ def _read(engine: TransformersEngine, rows: list[list[int]], sums: dict[int, _Su
     longest, pad = max(map(len, rows)), engine.format.pad_token
     kept: dict[int, Tensor] = {}
     neurons: dict[int, Tensor] = {}
-    device = engine.sites.embed.weight.device
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)  # type: ignore[arg-type]
+    device = engine.model.device
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
     real = torch.tensor([[0] + [1] * (len(row) - 1) + [0] * (longest - len(row)) for row in rows]).bool()
     with engine.gate.step(), torch.inference_mode(), ExitStack() as hooks:
         for layer in sums:

@@ -14,8 +14,54 @@ from typing import Any
 
 _CONNECTORS = {"of", "the", "and", "de", "da", "la", "le", "el", "du", "von", "van", "al"}
 _STOPWORDS = frozenset(
-    "a an the is are was were be do does did what which who whom whose where when why how in on at of to for from by "
-    "and or it its that this there people please tell me name called know can could you i".split()
+    [
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "do",
+        "does",
+        "did",
+        "what",
+        "which",
+        "who",
+        "whom",
+        "whose",
+        "where",
+        "when",
+        "why",
+        "how",
+        "in",
+        "on",
+        "at",
+        "of",
+        "to",
+        "for",
+        "from",
+        "by",
+        "and",
+        "or",
+        "it",
+        "its",
+        "that",
+        "this",
+        "there",
+        "people",
+        "please",
+        "tell",
+        "me",
+        "name",
+        "called",
+        "know",
+        "can",
+        "could",
+        "you",
+        "i",
+    ]
 )
 _ABBREVIATION = re.compile(r"(?:\b(?:St|Dr|Mr|Mrs|Ms|Mt|Ft|No|vs|etc|Jr|Sr)|\b[A-Z](?:\.[A-Z])*)\.$")
 
@@ -89,7 +135,7 @@ def subject_of(question: str) -> str | None:
 def statements(question: str, answer: str) -> list[str]:
     """Sentences that give `answer` to `question`; the answer itself where it is a sentence already."""
     answer = answer.strip()
-    if len(answer.split()) >= 6 or answer.endswith((".", "!", "?")) and len(answer.split()) >= 3:
+    if len(answer.split()) >= 6 or (answer.endswith((".", "!", "?")) and len(answer.split()) >= 3):
         return [answer if answer.endswith((".", "!", "?")) else answer + "."]
     lists = _list("statements.json")
     bare = answer.rstrip(".")

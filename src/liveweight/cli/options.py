@@ -1,0 +1,86 @@
+"""The options that every verb takes, before or after its name.
+
+Owns their spelling, how they become settings, and the decorator that gives them to a verb. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from liveweight.settings import Settings
+
+_PANEL = "Options of every verb"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given of the common options; None where nothing was."""
+
+    model: str | None = None
+    revision: str | None = None
+    workspace: Path | None = None
+    cache_dir: Path | None = None
+    database_url: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+    json: bool = False
+    verbose: bool = False
+
+    def over(self, other: Options) -> Options:
+        """These options, and where they say nothing the other ones."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name)}
+        return replace(other, **given)
+
+    def settings(self) -> Settings:
+        """The settings with these flags on top. Raises InvalidInput."""
+        from liveweight.settings import Settings
+
+        names = [field.name for field in fields(self) if field.name not in ("json", "verbose")]
+        return Settings(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
+
+
+_SPELT: dict[str, Any] = {
+    "model": Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a hub id, a folder or a .gguf file.", rich_help_panel=_PANEL)],
+    "revision": Annotated[str | None, typer.Option("--revision", help="The commit, tag or branch of a hub model.", rich_help_panel=_PANEL)],
+    "workspace": Annotated[Path | None, typer.Option("--workspace", "-w", help="The folder of the ledger.", rich_help_panel=_PANEL)],
+    "cache_dir": Annotated[Path | None, typer.Option("--cache-dir", help="The folder of what can be computed again.", rich_help_panel=_PANEL)],
+    "database_url": Annotated[str | None, typer.Option("--database-url", help="The ledger's database, if not SQLite.", rich_help_panel=_PANEL)],
+    "device": Annotated[str | None, typer.Option("--device", help="auto, cpu, mps, cuda or cuda:N.", rich_help_panel=_PANEL)],
+    "dtype": Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_PANEL)],
+    "threads": Annotated[int | None, typer.Option("--threads", help="CPU threads to compute with.", rich_help_panel=_PANEL)],
+    "json": Annotated[bool, typer.Option("--json", help="Print results, and errors, as JSON.", rich_help_panel=_PANEL)],
+    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.", rich_help_panel=_PANEL)],
+}  # fmt: skip
+
+
+def takes_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the common options: it gets them as its first argument, merged with those before its name."""
+    own = inspect.signature(verb, eval_str=True)
+    mine = list(own.parameters.values())[1:]
+    common = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_SPELT[field.name])
+        for field in fields(Options)
+    ]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in mine]
+
+    @wraps(verb)
+    def with_options(context: typer.Context, **given: Any) -> None:
+        options = Options(**{field.name: given.pop(field.name) for field in fields(Options)})
+        before = context.obj if isinstance(context.obj, Options) else Options()
+        verb(options.over(before), **given)
+
+    parameters = [context, *keyword, *common]
+    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    del with_options.__wrapped__  # typer would look through the wrapper at the verb's own annotations
+    return with_options

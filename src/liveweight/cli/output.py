@@ -1,0 +1,217 @@
+"""What is shown: results on stdout, progress and errors on stderr, as text for people or JSON for programs.
+
+Owns colours, tables and panels, made for 80 columns. Knows nothing of how results come about.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from liveweight.errors import LiveweightError
+    from liveweight.reports import Change, Report
+    from liveweight.tracing import NeuronPush, WhyReport
+
+_STATES = {"active": "green", "off": "yellow", "undone": "dim", "refused": "red", "failed": "red", "preview": "cyan"}
+
+
+def out() -> Console:
+    """The console of results. Made when used, so that a redirected stdout is found."""
+    return Console(file=sys.stdout, highlight=False)
+
+
+def progress() -> Console:
+    """The console of progress and errors."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def say(sentence: str) -> None:
+    """One step of longer work."""
+    progress().print(Text(f"· {sentence}", style="dim"))
+
+
+def print_error(error: LiveweightError, *, as_json: bool) -> None:
+    """What went wrong and the way out."""
+    if as_json:
+        sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False, default=str) + "\n")
+        return
+    console = progress()
+    console.print(Text(error.message, style="bold red"))
+    if error.hint:
+        console.print(Text(error.hint))
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the house's look."""
+    made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, expand=False)
+    for column in columns:
+        right = column.endswith(">")
+        made.add_column(column.removesuffix(">"), justify="right" if right else "left", overflow="fold")
+    return made
+
+
+def grid(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+    """Names on the left, values on the right."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(name, value)
+    return made
+
+
+def state_text(change: Change) -> Text:
+    """A change's state in its colour."""
+    return Text(change.state, style=_STATES.get(change.state, ""))
+
+
+def print_change(change: Change, *, as_json: bool) -> None:
+    """A change with its whole report."""
+    if as_json:
+        print_json(change.as_dict())
+        return
+    title = Text.assemble((change.label, "bold"), " ", state_text(change))
+    if change.strength != 1.0:
+        title.append(f" at strength {change.strength:g}")
+    if change.forced:
+        title.append(" (forced)", style="yellow")
+    body = report_view(change.report) if change.report is not None else Text(change.name)
+    subtitle = Text(f"undo with: liveweight undo {change.label}", "dim") if change.state == "active" else None
+    out().print(Panel(body, title=title, title_align="left", subtitle=subtitle, subtitle_align="right"))
+
+
+def report_view(report: Report) -> RenderableType:
+    """Before and after, what was moved, the guard, the cost."""
+    rows: list[tuple[str, RenderableType]] = [("question", Text(report.question))]
+    if report.wanted is not None:
+        rows.append(("wanted", Text(report.wanted)))
+    if report.reason:
+        rows.append(("reason", Text(report.reason)))
+    rows.append(("before", Text(report.before, style="red" if report.verdict != "good" else "")))
+    rows.append(("after", Text(report.after, style="green")))
+    rows.append(("method", Text(f"{report.method}. {report.note}" if report.method else report.note)))
+    if report.weights is not None:
+        moved = report.weights
+        sites = ", ".join(moved.sites) or "no site"
+        rows.append(("weights", Text(f"{moved.entries:,} changed ({moved.share:.3%}), {moved.survived:.1%} of the change survived rounding: {sites}")))  # fmt: skip
+    if report.neurons:
+        named = Text()
+        for each in report.neurons[:5]:
+            named.append(f"L{each.layer}/{each.neuron}", style="bold")
+            named.append(f" {each.effect:+.2f}  {each.label}\n")
+        named.rstrip()
+        rows.append(("neurons", named))
+    if report.guard is not None:
+        rows.append(("guard", guard_view(report)))
+    for each in report.replaced:
+        rows.append(("replaces", Text(f"{each.change}: {each.question} → {each.wanted or 'not that'}")))
+    for each in report.kept:
+        rows.append(("beside", Text(f"{each.change}: {each.question} → {each.wanted or 'not that'}")))
+    if report.released:
+        rows.append(("released", Text(f"{', '.join(report.released)}: no longer protected")))
+    tried = [attempt for attempt in report.tried if attempt.outcome != "chosen"]
+    for attempt in tried:
+        rows.append(("tried", Text(f"{attempt.method}: {attempt.why}", style="dim")))
+    spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
+    rows.append(("seconds", Text(f"{report.total_seconds:.1f} ({spent})")))
+    return grid(rows)
+
+
+def guard_view(report: Report) -> RenderableType:
+    """The guard's figures against their budget."""
+    guard = report.guard
+    assert guard is not None
+    verdict = Text("within budget", style="green") if guard.passed else Text("over budget", style="bold red")
+    verdict.append(f", {guard.items} probes and {guard.protected} protected answers", style="not bold default")
+    shown = Table.grid(padding=(0, 1))
+    for name, found in (
+        ("mean_kl", f"{guard.mean_kl:.5f}"),
+        ("p95_kl", f"{guard.p95_kl:.5f}"),
+        ("worst_kl", f"{guard.worst_kl:.4f}"),
+        ("changed_share", f"{guard.changed_share:.2%}"),
+        ("perplexity_ratio", f"{guard.perplexity_ratio:.5f}"),
+    ):
+        limit = guard.budget.get(name)
+        budget = "" if limit is None else f"of {limit:.0%}" if name == "changed_share" else f"of {limit:g}"
+        value = getattr(guard, name)
+        style = "red" if limit is not None and value > limit else ""
+        shown.add_row(Text(name.replace("_", " ").replace("kl", "KL")), Text(found, style=style), Text(budget, "dim"))
+    parts: list[RenderableType] = [verdict, shown]
+    for answer in (*guard.protected_changed, *guard.changed)[:3]:
+        parts.append(Text(f"{_short(answer.text, 40)}: {_short(answer.before, 30)} → {_short(answer.after, 30)}", "dim"))
+    return Group(*parts)
+
+
+def changes_view(changes: Sequence[Change]) -> RenderableType:
+    """All changes, one a line."""
+    if not changes:
+        return Text("No changes yet.")
+    shown = table("id", "state", "strength>", "method", "question", "wanted")
+    for change in changes:
+        wanted = change.wanted or {"bad": "(not that)", "good": "(keep)"}.get(change.verdict, "")
+        state = state_text(change)
+        if change.replaced_by:
+            state.append(f" by {change.replaced_by}", style="dim")
+        shown.add_row(
+            Text(change.label, "bold"),
+            state,
+            f"{change.strength:g}",
+            change.method or "",
+            Text(_short(change.question, 36)),
+            Text(_short(wanted, 18)),
+        )
+    return shown
+
+
+def why_view(report: WhyReport) -> RenderableType:
+    """The neurons for and against an answer."""
+    against = f" rather than {report.against!r}" if report.against else ""
+    head = Text.assemble("Why ", (report.answer.strip(), "bold"), against, "?")
+    head.append(f"  margin {report.margin:.2f} nats at {report.version.split(':')[0]}", style="dim")
+    parts: list[RenderableType] = [head, Text()]
+    for title, pushes in (("pushed it", report.pushed), ("pushed against it", report.opposed)):
+        parts += [_pushes(title, pushes), Text()]
+    if report.super_neurons:
+        named = ", ".join(f"L{each.layer}/{each.neuron}" for each in report.super_neurons)
+        parts.append(Text(f"Left out: {named}, which hold super weights and push every answer.", "dim"))
+    return Group(*parts)
+
+
+def _pushes(title: str, pushes: Sequence[NeuronPush]) -> Table:
+    shown = table(title, "share>", "activation>", "at", "predicting", "writes")
+    for each in pushes:
+        label = each.label.text(negative=each.activation < 0, tokens=3) if each.label is not None else ""
+        shown.add_row(
+            Text(f"L{each.layer}/{each.neuron}", "bold"),
+            f"{each.share:.2%}",
+            f"{each.activation:.2f}",
+            Text(repr(each.token)[1:-1]),
+            Text(repr(each.predicts)[1:-1]),
+            Text(label),
+        )
+    return shown
+
+
+def _short(text: str, most: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def marked(text: str) -> str:
+    """Text that holds no markup, whatever it holds."""
+    return escape(text)

@@ -1,0 +1,205 @@
+"""The engine on tiny models: decoding, the gate with generations in flight, scores, traces, replays."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tracing.tiny_engines import tiny_engine
+
+from liveweight.adjustments import Active, Adjustment, LowRank, Steer
+from liveweight.engines.base import Message, Objective, Sampling, ScoreItem
+from liveweight.engines.decoding import DirectDecoder, ModuleDecoder
+from liveweight.engines.replay import run_whole
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import InvalidInput, UnknownSite
+
+PROMPT = [5, 9, 17, 3, 11, 8]
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> TransformersEngine:
+    return tiny_engine("llama", tmp_path)
+
+
+def loud(engine: TransformersEngine, layer: int = 1) -> Active:
+    """A change of one down weight that every token feels."""
+    generator = torch.Generator().manual_seed(7)
+    left = torch.randn(engine.sites.width, 1, generator=generator)
+    right = torch.randn(1, engine.sites.neurons_of(layer), generator=generator)
+    op = LowRank(site=f"layers.{layer}.mlp.down.weight", left=left * 5, right=right)
+    return Active(Adjustment(name="loud", method="test", ops=(op,)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_direct_decoder_says_what_the_modules_say(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    if not DirectDecoder.fits(engine.model, engine.sites):
+        pytest.fail(f"{architecture} should be decoded directly")
+    direct, modules = DirectDecoder(engine.model, engine.sites), ModuleDecoder(engine.model, engine.sites)
+    with torch.inference_mode():
+        torch.testing.assert_close(direct.feed(PROMPT), modules.feed(PROMPT))
+        for token in (4, 12, 7, 30):
+            torch.testing.assert_close(direct.feed([token]), modules.feed([token]), rtol=1e-4, atol=1e-5)
+        # A second turn read onto a cache that decoding has written.
+        torch.testing.assert_close(direct.feed([2, 3, 5]), modules.feed([2, 3, 5]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "phi3"])
+def test_greedy_batches_equal_single_generations(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    prompts = [PROMPT, PROMPT[:3], [7, 7, 2, 40, 6, 5, 4, 3]]
+    sampling = Sampling(max_tokens=6)
+    singles = [[token.id for token in engine.continue_from(prompt, sampling)] for prompt in prompts]
+    assert engine.greedy(prompts, 6) == singles
+
+
+def test_sampling_with_a_seed_repeats_and_without_one_leaves_torch_alone(engine: TransformersEngine) -> None:
+    before = torch.get_rng_state()
+    sampling = Sampling(max_tokens=8, temperature=1.0, top_p=0.9, top_k=20, seed=3)
+    first = [token.id for token in engine.continue_from(PROMPT, sampling)]
+    assert first == [token.id for token in engine.continue_from(PROMPT, sampling)]
+    list(engine.continue_from(PROMPT, Sampling(max_tokens=4, temperature=1.0)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_refreshed_generation_goes_on_as_the_new_model_would(engine: TransformersEngine) -> None:
+    change = loud(engine)
+    stream = engine.continue_from(PROMPT, Sampling(max_tokens=8))
+    head = [next(stream) for _ in range(3)]
+    engine.become((change,))
+    tail = list(stream)
+    versions = {token.version.number for token in head}, {token.version.number for token in tail}
+    assert versions == ({0}, {1})
+    expected = engine.greedy([[*PROMPT, *(token.id for token in head)]], 5)[0]
+    assert [token.id for token in tail] == expected
+
+
+def test_a_drained_generation_ends_on_the_weights_it_began_with(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    engine.gate.mode = "drain"
+    stream = engine.continue_from(PROMPT, Sampling(max_tokens=6))
+    head = [next(stream)]
+    changer = threading.Thread(target=engine.become, args=((loud(engine),),))
+    changer.start()
+    tokens = head + list(stream)
+    changer.join(10)
+    assert {token.version.number for token in tokens} == {0}
+    assert engine.version.number == 1
+
+
+def test_generations_in_flight_never_mix_versions_in_a_token(engine: TransformersEngine) -> None:
+    changes = [(), (loud(engine),), (loud(engine, 0),)]
+    expected = {}
+    for state in changes:
+        version = engine.become(state)
+        expected[version.hash] = engine
+    made: list[list[tuple[int, str]]] = []
+
+    def chat() -> None:
+        tokens = list(engine.continue_from(PROMPT, Sampling(max_tokens=30)))
+        made.append([(token.id, token.version.hash) for token in tokens])
+
+    threads = [threading.Thread(target=chat) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for turn in range(12):
+        engine.become(changes[turn % 3])
+    for thread in threads:
+        thread.join(60)
+    states = {engine.become(state).hash: state for state in changes}
+    for tokens in made:
+        for index in range(0, len(tokens), 7):
+            token, digest = tokens[index]
+            engine.become(states[digest])
+            assert engine.greedy([[*PROMPT, *(t for t, _ in tokens[:index])]], 1)[0] == [token]
+
+
+def test_a_state_that_comes_back_has_its_version_back(engine: TransformersEngine) -> None:
+    base = engine.version
+    changed = engine.become((loud(engine),))
+    assert changed != base
+    assert engine.become(()) == base
+    assert engine.become((loud(engine),)) == changed
+
+
+def test_a_preview_leaves_bytes_state_and_version(engine: TransformersEngine) -> None:
+    before, version = engine.fingerprints(), engine.version
+    with engine.preview((loud(engine),)):
+        assert engine.fingerprints() != before
+    assert engine.fingerprints() == before
+    assert engine.version == version
+
+
+def test_scores_equal_a_plain_forward_pass(engine: TransformersEngine) -> None:
+    items = [ScoreItem((5, 9, 17), (3, 11, 8)), ScoreItem((4, 4), (9,)), ScoreItem(tuple(PROMPT), (2, 6))]
+    for item, score in zip(items, engine.score(items), strict=True):
+        ids = torch.tensor([[*item.prompt, *item.continuation]])
+        logits = engine.model(ids).logits[0, len(item.prompt) - 1 : -1].log_softmax(-1)
+        expected = logits[range(len(item.continuation)), list(item.continuation)]
+        torch.testing.assert_close(score.logprobs, expected, rtol=1e-4, atol=1e-5)
+        assert score.argmax.tolist() == logits.argmax(-1).tolist()
+
+
+def test_a_trace_reads_the_site_and_its_gradient(engine: TransformersEngine) -> None:
+    site = "layers.1.mlp.neurons"
+    trace = engine.trace(PROMPT, [site, "layers.0.resid"], Objective((4, 7)))
+    assert trace.values[site].shape == (len(PROMPT) + 2, engine.sites.neurons)
+    assert float(trace.gradients[site].abs().sum()) > 0
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+    with pytest.raises(UnknownSite, match=r"layers\.9"):
+        engine.trace(PROMPT, ["layers.9.resid"])
+
+
+def test_watching_gives_each_step_its_neurons(engine: TransformersEngine) -> None:
+    site = "layers.1.mlp.neurons"
+    tokens = list(engine.continue_from(PROMPT, Sampling(max_tokens=4), watch=[site]))
+    ids = [*PROMPT, *(token.id for token in tokens)]
+    values = engine.trace(ids, [site]).values[site]
+    for step, token in enumerate(tokens):
+        torch.testing.assert_close(token.values[site], values[len(PROMPT) - 1 + step], rtol=1e-4, atol=1e-5)
+
+
+def test_tracing_works_while_a_steer_counts_positions(engine: TransformersEngine) -> None:
+    vector = torch.randn(engine.sites.width, generator=torch.Generator().manual_seed(0))
+    steer = Steer(site="layers.0.resid", vector=vector, scale=3.0, when="generated", positions=None)
+    engine.become((Active(Adjustment(name="steer", method="test", ops=(steer,))),))
+    engine.trace(PROMPT, ["layers.1.resid"])
+    engine.score([ScoreItem(tuple(PROMPT), (3, 4))])
+    assert len(list(engine.continue_from(PROMPT, Sampling(max_tokens=3)))) == 3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "olmo2", "gpt_neox", "mixtral"])
+def test_a_replay_from_any_layer_is_the_whole_forward_pass(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    rows = [[5, 9, 17, 3, 11], [5, 9, 4, 8], [5, 9, 30, 31, 32, 33]]
+    replay = engine.record(rows, [3, 2, 4], layers=range(engine.sites.layers))
+    for layer in range(engine.sites.layers):
+        torch.testing.assert_close(replay.run(layer), replay.final)
+    for row, tokens in enumerate(rows):
+        whole = engine.model.base_model(torch.tensor([tokens])).last_hidden_state[0]
+        length = replay.lengths()[row]
+        torch.testing.assert_close(replay.final[row, :length], whole[-length:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "qwen3_moe"])
+def test_whole_rows_run_from_a_kept_layer_on_are_the_same(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    rows = [[5, 9, 17, 3, 11], [5, 9, 4, 8]]
+    with torch.inference_mode():
+        final, kept = run_whole(engine.model, engine.sites, rows, keep=1)
+        again, _ = run_whole(engine.model, engine.sites, rows, layer=1, inputs=kept)
+    for row, tokens in enumerate(rows):
+        torch.testing.assert_close(again[row, : len(tokens)], final[row, : len(tokens)], rtol=1e-4, atol=1e-5)
+    assert not any("forward" in vars(block) for block in engine.sites.blocks)
+
+
+def test_a_prompt_that_is_too_long_or_empty_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(InvalidInput, match="context"):
+        engine.continue_from([3] * (engine.info.context + 1))
+    with pytest.raises(InvalidInput, match="no tokens"):
+        engine.continue_from([])
+    with pytest.raises(InvalidInput, match="empty"):
+        engine.encode([Message("user", "  ")])

@@ -1,0 +1,120 @@
+"""The guard's measuring on a tiny model: figures against plain sums, cost of nothing, protection, the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tracing.tiny_engines import tiny_engine
+
+from liveweight.adjustments import Active, Adjustment, LowRank, State
+from liveweight.engines.base import Message
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.guard import Guard, Probe, ProbeSet, ProtectedItem
+from liveweight.settings import GuardSettings
+
+PROBES = ProbeSet(
+    (
+        Probe("a", "fact", (Message("user", "ask one"),)),
+        Probe("b", "fact", (Message("user", "ask another thing"),)),
+        Probe("c", "small_talk", (Message("user", "hi"),)),
+        Probe("t", "text", text="some plain text here"),
+    )
+)
+SETTINGS = GuardSettings(tokens=4, screen_items=2)
+
+
+def change(engine: TransformersEngine, size: float, layer: int = 1) -> State:
+    generator = torch.Generator().manual_seed(3)
+    left = torch.randn(engine.sites.width, 1, generator=generator) * size
+    right = torch.randn(1, engine.sites.neurons_of(layer), generator=generator)
+    op = LowRank(site=f"layers.{layer}.mlp.down.weight", left=left, right=right)
+    return (Active(Adjustment(name="change", method="test", ops=(op,))),)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> TransformersEngine:
+    return tiny_engine("llama", tmp_path)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_kl_and_perplexity_are_those_of_plain_forward_passes(
+    engine: TransformersEngine, tmp_path: Path, layer: int
+) -> None:
+    after = change(engine, 0.5, layer)
+    report = Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    kls = []
+    for probe in PROBES.chats:
+        prompt = engine.encode(probe.messages)
+        answer = engine.greedy([prompt], 4)[0]
+        ids = torch.tensor([[*prompt, *answer]])
+        span = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        with torch.no_grad():
+            old = engine.model(ids).logits[0, span].log_softmax(-1)
+            with engine.preview(after):
+                new = engine.model(ids).logits[0, span].log_softmax(-1)
+        kls.append(float((old.exp() * (old - new)).sum(-1).mean()))
+    assert report.mean_kl == pytest.approx(sum(kls) / 3, rel=1e-3, abs=1e-6)
+    assert report.worst_kl == pytest.approx(max(kls), rel=1e-3, abs=1e-6)
+    ids = torch.tensor([engine.format.encode_text(PROBES.texts[0].text, special=True)])
+    nll = []
+    for state in ((), after):
+        with engine.preview(state), torch.no_grad():
+            logits = engine.model(ids).logits[0, :-1].log_softmax(-1)
+        nll.append(float(-logits.gather(1, ids[0, 1:, None]).mean()))
+    assert report.perplexity_ratio == pytest.approx(torch.tensor(nll[1] - nll[0]).exp().item(), rel=1e-3)
+
+
+def test_changing_nothing_costs_nothing(engine: TransformersEngine, tmp_path: Path) -> None:
+    report = Guard(engine, SETTINGS, tmp_path, PROBES).measure((), progress=False)
+    assert (report.mean_kl, report.changed, report.perplexity_ratio) == (0.0, (), 1.0)
+    assert report.passed
+
+
+def test_a_loud_change_is_over_budget_and_says_what_breaks(engine: TransformersEngine, tmp_path: Path) -> None:
+    report = Guard(engine, SETTINGS, tmp_path, PROBES).measure(change(engine, 50.0), progress=False)
+    assert not report.passed
+    assert any("mean KL" in reason for reason in report.reasons)
+    assert report.changed
+    assert report.changed[0].before != report.changed[0].after
+
+
+def test_a_change_is_charged_only_for_what_it_adds(engine: TransformersEngine, tmp_path: Path) -> None:
+    first = change(engine, 50.0)
+    guard = Guard(engine, SETTINGS, tmp_path, PROBES)
+    engine.become(first)
+    report = guard.measure(first, progress=False)
+    assert (report.mean_kl, report.changed) == (0.0, ())
+    assert report.total_mean_kl > 0
+
+
+def test_a_protected_answer_that_would_change_is_named(engine: TransformersEngine, tmp_path: Path) -> None:
+    prompt = tuple(engine.encode((Message("user", "keep this"),)))
+    item = ProtectedItem("keep this", prompt, tuple(engine.greedy([prompt], 6)[0]))
+    guard = Guard(engine, SETTINGS, tmp_path, PROBES)
+    held = guard.measure(change(engine, 0.0001), protected=[item], progress=False)
+    broken = guard.measure(change(engine, 50.0), protected=[item], progress=False)
+    assert held.protected_changed == ()
+    assert [changed.text for changed in broken.protected_changed] == ["keep this"]
+    assert any("protected" in reason for reason in broken.reasons)
+
+
+def test_the_question_itself_is_left_out(engine: TransformersEngine, tmp_path: Path) -> None:
+    report = Guard(engine, SETTINGS, tmp_path, PROBES).measure((), leave_out=["Ask one"], progress=False)
+    assert report.items == len(PROBES) - 1
+
+
+def test_a_second_guard_reads_the_cache_and_agrees(engine: TransformersEngine, tmp_path: Path) -> None:
+    after = change(engine, 1.0)
+    first = Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    again = Guard(engine, SETTINGS, tmp_path, PROBES)
+    assert again.measure(after, progress=False).mean_kl == first.mean_kl
+    assert again.screen(after, "ask something").items == 2
+
+
+def test_measuring_leaves_the_model_as_it_was(engine: TransformersEngine, tmp_path: Path) -> None:
+    before, random_state = engine.fingerprints(), torch.get_rng_state()
+    Guard(engine, SETTINGS, tmp_path, PROBES).measure(change(engine, 5.0), progress=False)
+    assert engine.fingerprints() == before
+    assert torch.equal(torch.get_rng_state(), random_state)
