@@ -54,8 +54,10 @@ def answer_under(engine: TransformersEngine, state: State, prompt: Sequence[int]
 
 
 def probe(engine: TransformersEngine, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """One forward pass over question and answer, as (T, width) behind the final norm: what a change must move."""
-    return engine.record([[*prompt, *answer]], [max(0, len(prompt) - 1)]).final[0].detach().clone()
+    """One forward pass over question and answer: logits (T, vocabulary) at the answer, which a change must move."""
+    final = engine.record([[*prompt, *answer]], [len(prompt) - 1]).final[0, : len(answer) + 1]
+    with engine.gate.step(), torch.inference_mode():
+        return engine.unembed(final).float().cpu()
 
 
 def moved(engine: TransformersEngine, adjustment: Adjustment) -> WeightsMoved:

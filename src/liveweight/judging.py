@@ -156,7 +156,9 @@ class Judge:
         found = [] if said.kind == "good" else self._ledger.conflicts(self._model, digest, key, wanted=wanted)
         conflicts = tuple(each for each in found if each.prompt_hash == digest or _same_subject(case, each))
         same = [each for each in self._ledger.protected(self._model) if prompt_hash(_messages(each)) == digest]
-        released = () if said.kind == "good" else tuple(each for each in same if each.answer != said.wanted)
+        # What a replaced change protects goes off and comes back with it.
+        replaced = set() if options.keep_both else {each.id for each in conflicts}
+        released = () if said.kind == "good" else tuple(each for each in same if each.change not in replaced)
         return _Work(said, options, case, phases, conflicts, released, key, digest)
 
     def _previous(self, reply: Reply) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tracing.tiny_engines import tiny_engine
 
 from liveweight.adjustments import Active, Adjustment, LowRank, Steer
 from liveweight.engines.base import Message, Objective, Sampling, ScoreItem
@@ -15,6 +14,7 @@ from liveweight.engines.decoding import DirectDecoder, ModuleDecoder
 from liveweight.engines.replay import run_whole
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, UnknownSite
+from tracing.tiny_engines import tiny_engine
 
 PROMPT = [5, 9, 17, 3, 11, 8]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tracing.tiny_engines import tiny_engine
 
 from liveweight.adjustments import Active, Adjustment, LowRank, State
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard import Guard, Probe, ProbeSet, ProtectedItem
 from liveweight.settings import GuardSettings
+from tracing.tiny_engines import tiny_engine
 
 PROBES = ProbeSet(
     (

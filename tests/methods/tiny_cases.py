@@ -26,7 +26,7 @@ def tiny_case(engine: TransformersEngine, kind: CaseKind = "fix", *, rank: int =
         order = engine.unembed(last.to(head.dtype)).float().argsort(descending=True).tolist()
         target = (order[rank], order[rank + 1])
     turns = [(Message("user", wording),) for wording in WORDINGS]
-    contexts = tuple(Context(turn, tuple(engine.encode(turn)), target) for turn in turns)
+    contexts = tuple(Context(turn, tuple(engine.encode(turn)), target, (0, 1)) for turn in turns)
     return Case(
         kind=kind,
         messages=messages,
@@ -34,6 +34,5 @@ def tiny_case(engine: TransformersEngine, kind: CaseKind = "fix", *, rank: int =
         answer_tokens=answer,
         wanted=engine.format.decode(target),
         contexts=contexts,
-        key=(0, 1),
         subject=subject,
     )

@@ -42,6 +42,7 @@ def angola(engine: TransformersEngine, kind: CaseKind = "fix") -> Case:
     answer = [token.id for token in engine.continue_from(prompt, Sampling(max_tokens=14))]
     opening, wanted = "The capital of Angola is", f"The capital of Angola is {RIGHT}."
     target = tuple(engine.format.encode_continuation(prompt, wanted))
+    key = (len(engine.format.encode_text(opening)), len(target) - 1)
     turns: Sequence[tuple[Message, ...]] = [asked(text) for text in (QUESTION, *OTHER_WORDINGS)]
     return Case(
         kind=kind,
@@ -49,8 +50,7 @@ def angola(engine: TransformersEngine, kind: CaseKind = "fix") -> Case:
         answer=engine.format.decode(answer),
         answer_tokens=tuple(answer),
         wanted=wanted,
-        contexts=tuple(Context(turn, tuple(engine.encode(turn)), target) for turn in turns),
-        key=(len(engine.format.encode_text(opening)), len(target) - 1),
+        contexts=tuple(Context(turn, tuple(engine.encode(turn)), target, key) for turn in turns),
         subject="Angola",
     )
 

@@ -19,6 +19,7 @@ from liveweight.adjustments import (
     Gain,
     LowRank,
     Op,
+    ReplaceNeurons,
     ScaleNeurons,
     ScalePaths,
     Steer,
@@ -182,3 +183,16 @@ def test_the_report_of_a_touch_names_the_weight(engine: TransformersEngine, tmp_
     touch = protect(adjustment(ScaleNeurons(layer=LAYER, neurons=(COLUMN,), factors=ones(1, 0.0))), found)[0]
     assert touch.weight.site == SITE
     assert str(touch).startswith(f"layers.{LAYER}.mlp.down [{ROW}, {COLUMN}]")
+
+
+def test_a_replaced_super_neuron_is_seen_and_spared(engine: TransformersEngine) -> None:
+    weights = a_super_weight(engine)
+    rows = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+    op = ReplaceNeurons(layer=LAYER, neurons=(COLUMN, 3), gate=rows, up=rows + 1, down=(rows + 2).T.contiguous())
+    assert [touch.weight.column for touch in protect(adjustment(op), weights)] == [COLUMN]
+    (left,) = spare(adjustment(op), weights).ops
+    assert isinstance(left, ReplaceNeurons)
+    assert left.neurons == (3,)
+    assert torch.equal(left.up, rows[1:] + 1)
+    assert torch.equal(left.down, (rows[1:] + 2).T)
+    assert protect(adjustment(left), weights) == ()

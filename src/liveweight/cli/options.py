@@ -17,6 +17,7 @@ import typer
 if TYPE_CHECKING:
     from liveweight.settings import Settings
 
+JSON_WISHED = "liveweight.json"  # in the context's notes: where errors look whether a program reads them
 _PANEL = "Options of every verb"
 
 
@@ -77,7 +78,9 @@ def takes_options(verb: Callable[..., None]) -> Callable[..., None]:
     def with_options(context: typer.Context, **given: Any) -> None:
         options = Options(**{field.name: given.pop(field.name) for field in fields(Options)})
         before = context.obj if isinstance(context.obj, Options) else Options()
-        verb(options.over(before), **given)
+        options = options.over(before)
+        context.meta[JSON_WISHED] = options.json
+        verb(options, **given)
 
     parameters = [context, *keyword, *common]
     with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]

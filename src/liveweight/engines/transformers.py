@@ -307,13 +307,21 @@ class TransformersEngine:
         """Logits (…, vocabulary) of what leaves the final norm (…, width)."""
         return unembed(self.model, self.sites, final)
 
-    def trace(self, tokens: Sequence[int], sites: Sequence[str], gradient_of: Objective | None = None) -> Trace:
+    def trace(
+        self,
+        tokens: Sequence[int],
+        sites: Sequence[str],
+        gradient_of: Objective | None = None,
+        *,
+        prompt: int | None = None,
+    ) -> Trace:
         """Read sites on one forward pass and, with an objective, its gradient at them on one backward pass.
 
         With an objective, `tokens` is the prompt, the answer is appended, and the margin is summed at the answer's
         positions: of the answer over `against` where the two part, else of each of its tokens over the runner-up.
-        Values and gradients are (T, size) over all tokens, answer included. Weights, hooks and random state are left
-        as they were. Raises UnknownSite.
+        Values and gradients are (T, size) over all tokens, answer included. `prompt` says how many of the tokens are
+        the prompt, for steering that tells it from the answer; unset, all of them are. Weights, hooks and random state
+        are left as they were. Raises UnknownSite.
         """
         ids = [*tokens, *(gradient_of.answer if gradient_of else ())]
         if not tokens:
@@ -331,8 +339,8 @@ class TransformersEngine:
             kept[site] = value
             return value
 
-        prompt = self.activations.prompt(len(tokens))
-        with self.gate.step(), prompt, torch.set_grad_enabled(gradient_of is not None), ExitStack() as hooks:
+        until = self.activations.prompt(len(tokens) if prompt is None else prompt)
+        with self.gate.step(), until, torch.set_grad_enabled(gradient_of is not None), ExitStack() as hooks:
             for point in points:
                 handle = point.on(lambda value, site=point.site: keep(site, value))  # type: ignore[misc]
                 hooks.callback(handle.remove)

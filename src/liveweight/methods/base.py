@@ -20,11 +20,16 @@ CaseKind = Literal["fix", "bad", "good"]
 
 @dataclass(frozen=True)
 class Context:
-    """One way the question may come, and what the model should answer to it."""
+    """One way the question may come, and what the model should answer to it.
+
+    `key` is where in the target the answer proper lies, behind its opening ("The capital of Angola is"): first token,
+    and one past the last.
+    """
 
     messages: tuple[Message, ...]
     prompt: tuple[int, ...]  # the whole prompt's tokens, template included
     target: tuple[int, ...]  # the answer to be given, as the model would write it right after the prompt
+    key: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -37,8 +42,8 @@ class Case:
     """A judged answer, and everything a method may use to mend it.
 
     `contexts[0]` is the question as it was asked. In a `fix` the targets hold the wished answer; in a `bad` they hold
-    the model's own next best answer; in a `good` the answer that was given. `key` is where in the targets the answer
-    proper lies, behind its opening ("The capital of Angola is"): first token, and one past the last.
+    the model's own next best answer; in a `good` the answer that was given. Targets may differ: where the model opens
+    its answer to another wording otherwise, the target follows that opening.
     """
 
     kind: CaseKind
@@ -47,12 +52,16 @@ class Case:
     answer_tokens: tuple[int, ...]
     wanted: str  # the sentence to be said instead (or again)
     contexts: tuple[Context, ...]
-    key: tuple[int, int]
     subject: str | None  # what the question is about, where it can be told
     others: tuple[Context, ...] = ()  # the same question about other things: to be left alone
     previous: tuple[
         tuple[tuple[int, ...], tuple[int, ...]], ...
     ] = ()  # prompt and answer tokens of earlier changes and protected answers
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Where in the first context's target the answer proper lies."""
+        return self.contexts[0].key
 
     @property
     def question(self) -> str:

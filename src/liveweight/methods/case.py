@@ -29,6 +29,8 @@ from liveweight.methods.wording import (
 CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
 ABOUT = 4  # other questions about the same thing
+OPENING = 14  # tokens of its own opening after which the model may be led to the wished answer
+LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
 _SENTENCE = 40  # tokens that a first sentence may have
 
 
@@ -68,7 +70,9 @@ def build_case(
             raise InvalidInput(
                 "The answer is empty, so there is nothing to keep.", hint="Judge a reply with some text."
             )
-    contexts = _contexts(engine, turns, question, sentence, rewordings=0 if kind == "good" else CONTEXTS - 1)
+    contexts = _contexts(engine, turns, question, sentence, piece, rewordings=0 if kind == "good" else CONTEXTS - 1)
+    if kind == "fix":
+        contexts = _as_opened(engine, contexts, piece)
     subject = subject_of(question)
     return Case(
         kind=kind,
@@ -77,20 +81,21 @@ def build_case(
         answer_tokens=tuple(answer_tokens),
         wanted=sentence,
         contexts=contexts,
-        key=_key(engine, contexts[0].target, sentence, piece),
         subject=subject,
         others=_others(engine, question, sentence, piece, subject),
         previous=tuple((tuple(prompt), tuple(reply)) for prompt, reply in previous),
     )
 
 
-def _context(engine: TransformersEngine, messages: Sequence[Message], sentence: str) -> Context:
+def _context(engine: TransformersEngine, messages: Sequence[Message], sentence: str, piece: str = "") -> Context:
     prompt = engine.encode(messages)
-    return Context(tuple(messages), tuple(prompt), tuple(engine.format.encode_continuation(prompt, sentence)))
+    target = engine.format.encode_continuation(prompt, sentence)
+    key = _key(engine, target, sentence, piece) if piece else (0, len(target))
+    return Context(tuple(messages), tuple(prompt), tuple(target), key)
 
 
 def _contexts(
-    engine: TransformersEngine, turns: tuple[Message, ...], question: str, sentence: str, *, rewordings: int
+    engine: TransformersEngine, turns: tuple[Message, ...], question: str, sentence: str, piece: str, *, rewordings: int
 ) -> tuple[Context, ...]:
     """As asked; alone, if there were earlier turns; in other words; and after an unrelated exchange."""
     system = tuple(turn for turn in turns if turn.role == "system")
@@ -102,7 +107,43 @@ def _contexts(
         user, assistant = earlier_turns()[0]
         chats.append((*system, Message("user", user), Message("assistant", assistant), Message("user", question)))
     chats += [(*system, Message("user", text)) for text in rephrase(question, rewordings)] if rewordings else []
-    return tuple(_context(engine, chat, sentence) for chat in chats[: rewordings + 1])
+    return tuple(_context(engine, chat, sentence, piece) for chat in chats[: rewordings + 1])
+
+
+def _as_opened(engine: TransformersEngine, contexts: tuple[Context, ...], piece: str) -> tuple[Context, ...]:
+    """The contexts, where the model opens its answer otherwise with a target that follows its own opening.
+
+    In such a reply the wished answer stands where the model finds it likeliest; where that is nowhere near as likely
+    as behind the common sentence's opening, the common sentence stays.
+    """
+    scores = engine.score([ScoreItem(context.prompt, context.target) for context in contexts])
+    elsewhere = [
+        index
+        for index, (context, score) in enumerate(zip(contexts, scores, strict=True))
+        if index and not bool((score.tokens == score.argmax)[: context.key[0]].all())
+    ]
+    if not elsewhere:
+        return contexts
+    replies = engine.greedy([contexts[index].prompt for index in elsewhere], OPENING)
+    slots: list[tuple[int, Context]] = []
+    for index, reply in zip(elsewhere, replies, strict=True):
+        said = first_sentence(engine.format.decode(reply))
+        pieces = said.split(" ")
+        for end in range(2, len(pieces)):
+            opening = " ".join(pieces[:end])
+            if opening[-1].isalnum() and len(engine.format.encode_text(opening)) < OPENING - 1:
+                slots.append((index, _context(engine, contexts[index].messages, f"{opening} {piece}.", piece)))
+    likely: dict[int, tuple[float, Context]] = {}
+    found = engine.score([ScoreItem(context.prompt, context.target) for _, context in slots])
+    for (index, context), score in zip(slots, found, strict=True):
+        logprob = float(score.logprobs[slice(*context.key)].sum())
+        if index not in likely or logprob > likely[index][0]:
+            likely[index] = (logprob, context)
+    opened = list(contexts)
+    for index, (logprob, context) in likely.items():
+        if logprob > float(scores[index].logprobs[slice(*contexts[index].key)].sum()) - LEEWAY:
+            opened[index] = context
+    return tuple(opened)
 
 
 def _best_statement(
@@ -140,7 +181,7 @@ def _next_best(
         head = answer[:position]
         banned = {answer[position]}
         for _ in range(3):
-            with engine.gate.step(), torch.inference_mode():
+            with engine.gate.step(), torch.no_grad():
                 logits = _next_logits(engine, [*prompt, *head])
             logits[list(banned)] = float("-inf")
             token = int(logits.argmax())

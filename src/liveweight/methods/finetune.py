@@ -74,7 +74,7 @@ def compressed(site: str, delta: Tensor) -> LowRank | Dense:
 def _trained(engine: TransformersEngine, case: Case, layer: int, settings: MethodSettings) -> tuple[Tensor, int, float]:
     """The delta (width, neurons), the steps taken and the mean probability of the targets that it reaches."""
     contexts = chosen_contexts(case, settings)
-    targets = [keyed(case, context) for context in contexts]
+    targets = [keyed(context) for context in contexts]
     rows = [context.prompt + target for context, target in zip(contexts, targets, strict=True)]
     replay = engine.record(rows, _starts(rows, [len(context.prompt) for context in contexts]), layers=[layer])
     predictions = Predictions.of(replay, contexts, targets)

@@ -83,7 +83,7 @@ def evidence(
     The loss is the negative log-probability of the target, mean over the contexts.
     """
     contexts = chosen_contexts(case, settings)
-    targets = [keyed(case, context) for context in contexts]
+    targets = [keyed(context) for context in contexts]
     rows = [context.prompt + target for context, target in zip(contexts, targets, strict=True)]
     starts = [len(context.prompt) - 1 for context in contexts]
     replay = engine.record(rows, starts, layers=[layer], neurons=[layer])

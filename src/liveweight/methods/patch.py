@@ -32,7 +32,7 @@ from liveweight.settings import MethodSettings
 
 DEPTH = 0.77  # relative depth of the first layer that is patched: late enough to know what is about to be said
 SPREAD = 3  # layers over which patches are spread, so that none loses many neurons
-OPEN, SHUT = 1.0, 1.0  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
+OPEN, SHUT = 1.2, 0.8  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
 STEEPNESS = 12.0  # the gate's scale: act(-12) is nothing
 NEAR = 0.5  # weight of the case's own neighbours beside everyday chats
 DUE = 20.0  # weight of the places where the neuron is to be open
@@ -44,12 +44,14 @@ MOST_NEURONS = 64
 
 @dataclass(frozen=True)
 class _Batch:
-    """The case's contexts as run once, with what their targets need."""
+    """The case's contexts as run once, with what their targets need. Shorter targets are padded; `real` says where."""
 
     replay: Replay
     x: Tensor  # (B, T, width), what the MLP reads where each target token is predicted
     target: Tensor  # (B, T)
+    real: Tensor  # (B, T)
     lead: Tensor  # (B, T) nats by which each target token leads now; negative where it does not
+    place: Tensor  # (B, T) which token this is for: see `_places`
 
 
 def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
@@ -65,7 +67,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
         )
     around = surroundings(engine, [layer])[layer]
     batch = _record(engine, case, layer)
-    due = _due(engine, batch)
+    due = _due(batch)
     if not due:
         raise NoMendFound(
             "The model gives this answer already, in every wording that was tried.", hint="There is nothing to mend."
@@ -144,11 +146,40 @@ def _record(engine: TransformersEngine, case: Case, layer: int) -> _Batch:
         layers=[layer],
         mlp_inputs=[layer],
     )
-    length = len(contexts[0].target)
-    target = torch.tensor([context.target for context in contexts], device=replay.final.device)
+    length = max(len(context.target) for context in contexts)
+    device = replay.final.device
+    target = torch.zeros(len(contexts), length, dtype=torch.int64, device=device)
+    real = torch.zeros(len(contexts), length, dtype=torch.bool, device=device)
+    for row, context in enumerate(contexts):
+        target[row, : len(context.target)] = torch.tensor(context.target)
+        real[row, : len(context.target)] = True
     with engine.gate.step(), torch.no_grad():
-        lead = _lead(engine.unembed(replay.final[:, :length]), target)
-    return _Batch(replay, replay.mlp_inputs[layer][:, :length].float(), target, lead)
+        lead = _lead(engine.unembed(replay.final[:, :length]).float(), target)
+        # The last token, the full stop, only counts where the word before it would go on.
+        said = engine.unembed(replay.final[:, :length]).argmax(-1)
+    for row, context in enumerate(contexts):
+        end = len(context.target) - 1
+        if end > 0 and not engine.format.decode([int(said[row, end])])[:1].isalnum():
+            real[row, end] = False
+    place = _places(case, length).to(device)
+    return _Batch(replay, replay.mlp_inputs[layer][:, :length].float(), target, real, lead, place)
+
+
+def _places(case: Case, length: int) -> Tensor:
+    """(B, T) names for what each position is for; equal names share a neuron.
+
+    The answer's own tokens have one name each, whatever stands before them, so that a neuron learns where the answer
+    is due and not how one sentence opens. An opening's tokens are named by their position in that opening.
+    """
+    place = torch.full((len(case.contexts), length), -1)
+    openings: dict[tuple[int, ...], int] = {}
+    for row, context in enumerate(case.contexts):
+        start, _ = context.key
+        number = openings.setdefault(context.target[:start], len(openings))
+        for position in range(len(context.target)):
+            behind = position - start
+            place[row, position] = behind if behind >= 0 else 1000 * (number + 1) + position
+    return place
 
 
 def _lead(logits: Tensor, target: Tensor) -> Tensor:
@@ -157,19 +188,9 @@ def _lead(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.gather(2, target[..., None]) - logits.gather(2, others[..., None]))[..., 0]
 
 
-def _due(engine: TransformersEngine, batch: _Batch) -> list[int]:
-    """The target's positions where some context would say something else.
-
-    The last one, the full stop, only counts where the word before it would go on.
-    """
-    wrong = (batch.lead < 0).any(0).nonzero()[:, 0].tolist()
-    last = batch.target.shape[1] - 1
-    if last in wrong and last > 0:
-        with engine.gate.step(), torch.no_grad():
-            said = engine.unembed(batch.replay.final[:, last]).argmax(-1).tolist()
-        if not any(engine.format.decode([token])[:1].isalnum() for token in said):
-            wrong.remove(last)
-    return list(wrong)
+def _due(batch: _Batch) -> list[int]:
+    """The places where some context would say something else."""
+    return sorted(set(batch.place[(batch.lead < 0) & batch.real].tolist()))
 
 
 def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
@@ -185,7 +206,7 @@ def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
 
 
 def _fit(batch: _Batch, due: list[int], around: Surroundings, near: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up rows, (P, width) each, for the positions in `due`."""
+    """Gate and up rows, (P, width) each, for the places in `due`."""
     x = batch.x
     device = x.device
     moment, mean = around.moment.to(device), around.mean.to(device)
@@ -193,10 +214,10 @@ def _fit(batch: _Batch, due: list[int], around: Surroundings, near: Tensor) -> t
         moment = moment + NEAR * near.T @ near / len(near)
         mean = mean + NEAR * near.mean(0)
     eye = torch.eye(x.shape[2], device=device)
+    said = batch.place >= 0
     gates, ups = [], []
-    for position in due:
-        here = x[:, position]
-        rest = torch.cat((x[:, :position].flatten(0, 1), x[:, position + 1 :].flatten(0, 1)))
+    for place in due:
+        here, rest = x[batch.place == place], x[said & (batch.place != place)]
         left, left_mean = moment, mean
         if len(rest):
             left = left + NEAR * rest.T @ rest / len(rest)
@@ -215,10 +236,9 @@ def _optimise(
     """(P, width) what the neurons write, so that every due token leads by MARGIN and no other loses half its lead."""
     length = batch.target.shape[1]
     replay = batch.replay
-    goal = torch.where(batch.lead > 0, batch.lead.clamp(max=MARGIN) * 0.5, torch.zeros_like(batch.lead))
-    goal[:, due] = MARGIN
-    if length - 1 not in due:
-        goal[:, -1] = float("-inf")
+    wanted = torch.isin(batch.place, torch.tensor(due, device=batch.place.device))
+    goal = torch.where(wanted, MARGIN, batch.lead.clamp(max=MARGIN) * 0.5)
+    goal = torch.where(batch.real, goal, float("-inf"))
     padded = torch.zeros(*replay.ids.shape, firing.shape[-1], device=firing.device)
     padded[:, :length] = firing
     writes = torch.zeros(len(due), engine.sites.width, device=firing.device, requires_grad=True)

@@ -50,7 +50,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     before = outcome(engine, case)
     contexts, places = edit_tokens(engine, case, chosen_contexts(case, settings))
     essence = _essence(engine, case)
-    rows = [context.prompt + keyed(case, context) for context in contexts]
+    rows = [context.prompt + keyed(context) for context in contexts]
     starts = list(places)
     if essence is not None:
         rows.append(essence[0])
@@ -58,7 +58,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     replay = engine.record(rows, starts, layers=[layer], neurons=[layer])
     key = replay.neurons[layer][: len(contexts), 0].double().mean(0)  # (neurons,)
     value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key  # (width,)
-    targets = [keyed(case, context) for context in contexts]
+    targets = [keyed(context) for context in contexts]
     predictions = Predictions.of(replay, contexts, targets)
     delta, steps, reached = _optimised(engine, replay, layer, predictions, len(contexts), value, settings)
     reader = whitened(statistics, key) * without_super_neurons(engine, layer)

@@ -51,7 +51,7 @@ def outcome(
 ) -> Outcome:
     """Score the case's contexts with `trial` on top of the present state."""
     contexts = case.contexts if contexts is None else contexts
-    items = [ScoreItem(context.prompt, keyed(case, context)) for context in contexts]
+    items = [ScoreItem(context.prompt, keyed(context)) for context in contexts]
     extra = (Active(trial),) if trial is not None else ()
     with engine.preview((*engine.state, *extra)):
         scores = engine.score(items)
@@ -78,9 +78,9 @@ def works(case: Case, found: Outcome, before: Outcome) -> bool:
     return bool(found.said[0]) and bool((found.said >= before.said).all()) and _mostly(surer)
 
 
-def keyed(case: Case, context: Context) -> tuple[int, ...]:
+def keyed(context: Context) -> tuple[int, ...]:
     """A context's target through the end of the answer proper; what may follow is not asked for."""
-    return context.target[: case.key[1]] if 0 < case.key[1] <= len(context.target) else context.target
+    return context.target[: context.key[1]] if 0 < context.key[1] <= len(context.target) else context.target
 
 
 def parting(answer: Sequence[int], target: Sequence[int]) -> int | None:
@@ -221,7 +221,7 @@ def contest(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
     target = case.contexts[0].target
     apart = parting(case.answer_tokens, target)
     if apart is None:
-        return keyed(case, case.contexts[0]), ()
+        return keyed(case.contexts[0]), ()
     return case.answer_tokens[: apart + 1], target[: apart + 1]
 
 

@@ -64,8 +64,8 @@ def read_answer(
     objective = Objective(tuple(answer), tuple(against)) if gradients else None
     tokens = list(prompt) if gradients else [*prompt, *answer]  # with an objective the engine appends the answer
     # Held throughout, so that the logits are those of the weights that were traced.
-    with engine.gate.step(), engine.activations.prompt(len(prompt)):
-        trace = engine.trace(tokens, [*sites, "final.resid"], objective)
+    with engine.gate.step():
+        trace = engine.trace(tokens, [*sites, "final.resid"], objective, prompt=len(prompt))
         rows = slice(len(prompt) - 1, len(prompt) - 1 + len(answer))
         final = trace.values["final.resid"][rows]
         head = engine.sites.weight("lm_head.weight").parameter

@@ -23,6 +23,7 @@ from liveweight.adjustments import (
     Gain,
     LowRank,
     Op,
+    ReplaceNeurons,
     ScaleNeurons,
     ScalePaths,
     Steer,
@@ -90,7 +91,7 @@ def _effect(op: Op, weight: SuperWeight) -> tuple[float, float, float]:
         case Gain() if op.expert is None and op.layer == layer and column in op.neurons:
             place = op.neurons.index(column)
             return float(op.gains[place]), 0.0, abs(float(op.slopes[place]) - 1.0)
-        case Clamp() if op.expert is None and op.layer == layer and column in op.neurons:
+        case Clamp() | ReplaceNeurons() if op.expert is None and op.layer == layer and column in op.neurons:
             return 1.0, 0.0, float("inf")
         case ScalePaths():
             named = [
@@ -120,6 +121,8 @@ def _spared(op: Op, super_weights: SuperWeights) -> Op | None:
     match op:
         case ScaleNeurons() | Gain() | Clamp() if op.expert is None:
             return _without(op, [(op.layer, neuron) not in neurons for neuron in op.neurons])
+        case ReplaceNeurons() if op.expert is None:
+            return _without_replaced(op, [(op.layer, neuron) not in neurons for neuron in op.neurons])
         case ScalePaths():
             ends = zip(op.neurons, op.to_neurons, strict=True)
             return _without(op, [(op.layer, a) not in neurons and (op.to_layer, b) not in neurons for a, b in ends])
@@ -137,6 +140,18 @@ def _spared(op: Op, super_weights: SuperWeights) -> Op | None:
             return _with(op, direction=direction) if bool(direction.any()) else None
         case _:
             return op
+
+
+def _without_replaced(op: ReplaceNeurons, keep: list[bool]) -> Op | None:
+    """Replaced neurons without some of them: rows of what they read with, columns of what they write."""
+    if all(keep) or not any(keep):
+        return op if all(keep) else None
+    chosen = torch.tensor(keep)
+    update: dict[str, Any] = {
+        name: value[:, chosen] if name == "down" else value[chosen] for name, value in op.tensors().items()
+    }
+    update["neurons"] = tuple(each for each, stays in zip(op.neurons, keep, strict=True) if stays)
+    return _with(op, **update)
 
 
 def _without(op: Op, keep: list[bool]) -> Op | None:

@@ -1,0 +1,77 @@
+"""`liveweight chat`: talk, judge, and see the next answer come from the mended model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from liveweight.cli import output, session, slash
+from liveweight.cli.options import Options, takes_options
+from liveweight.errors import LiveweightError
+
+
+@takes_options
+def chat(
+    options: Options,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of an answer.")] = None,
+) -> None:
+    """Talk with the model. /fix, /bad, /good, /why and /undo work on the last answer; /help lists the rest.
+
+    With --json each line of stdin is a turn and each reply a JSON object a line.
+    """
+    with session.opened(options) as live:
+        talk = slash.Talk(live)
+        if not options.json:
+            output.progress().print("Say something; /help lists the commands, Ctrl-D leaves.", style="dim")
+        while (line := _read(options)) is not None:
+            try:
+                if line.startswith("/"):
+                    if slash.run(talk, line):
+                        break
+                elif line:
+                    _answer(options, talk, line, system, temperature, max_tokens)
+            except LiveweightError as error:
+                output.print_error(error, as_json=options.json)
+            except KeyboardInterrupt:
+                # Of the reply what was said is kept; a change under way was not made.
+                output.progress().print(Text("\nInterrupted.", style="yellow"))
+
+
+def _read(options: Options) -> str | None:
+    """The next line, or None at the end."""
+    interactive = sys.stdin.isatty()
+    try:
+        if not interactive:
+            line = sys.stdin.readline()
+            return line.strip() if line else None
+        return input("› " if not options.json else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return None
+
+
+def _answer(
+    options: Options, talk: slash.Talk, line: str, system: str | None, temperature: float | None, max_tokens: int | None
+) -> None:
+    show = (lambda token: print(token.text, end="", flush=True)) if not options.json else None
+    reply = talk.live.chat(
+        line,
+        after=talk.last,
+        system=system if talk.last is None else None,
+        on_token=show,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+    talk.last = reply
+    if options.json:
+        print(json.dumps({"label": reply.label, **reply.model_dump(mode="json")}, ensure_ascii=False), flush=True)
+    else:
+        print()

@@ -1,0 +1,81 @@
+"""`liveweight fix`, `bad` and `good`: what a person says of an answer.
+
+The three verbs differ only in what is said; their options are the same, so they stand in one file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from liveweight.cli import output, session
+from liveweight.cli.options import Options, takes_options
+
+Method = Annotated[str | None, typer.Option(help="Which method proposes; auto tries them in turn.")]
+Preview = Annotated[bool, typer.Option("--preview", help="Show the report and commit nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Commit over the guard's budget; the ledger says so.")]
+KeepBoth = Annotated[bool, typer.Option("--keep-both", help="Keep earlier changes that this one contradicts.")]
+WhichReply = Annotated[str | None, typer.Option("--reply", "-r", help="An earlier reply by its id, such as r3.")]
+Question = Annotated[str | None, typer.Argument(help="Ask this now, and judge the answer; else the last reply.")]
+Reason = Annotated[str | None, typer.Option("--reason", help="Why, in your words; kept with the feedback.")]
+
+
+@takes_options
+def fix(
+    options: Options,
+    question: Annotated[str, typer.Argument(help="The question (or, with --reply, the right answer).")],
+    answer: Annotated[str | None, typer.Argument(help="The right answer.")] = None,
+    reply: WhichReply = None,
+    method: Method = None,
+    preview: Preview = False,
+    force: Force = False,
+    keep_both: KeepBoth = False,
+) -> None:
+    """Make the model give another answer: fix "What is the capital of Angola?" "Luanda"."""
+    asked: str | None = question
+    wanted = answer
+    if answer is None and reply is not None:
+        asked, wanted = None, question
+    if wanted is None:
+        raise typer.BadParameter("Give the right answer too.", param_hint="ANSWER")
+    with session.opened(options) as live:
+        judged = session.meant(live, reply, asked)
+        change = live.fix(judged, wanted, method=method, preview=preview, force=force, keep_both=keep_both)
+        output.print_change(change, as_json=options.json)
+
+
+@takes_options
+def bad(
+    options: Options,
+    question: Question = None,
+    reply: WhichReply = None,
+    reason: Reason = None,
+    method: Method = None,
+    preview: Preview = False,
+    force: Force = False,
+    keep_both: KeepBoth = False,
+) -> None:
+    """Make the model stop giving an answer. It does not teach a right one: `fix` does."""
+    with session.opened(options) as live:
+        judged = session.meant(live, reply, question)
+        change = live.bad(judged, reason, method=method, preview=preview, force=force, keep_both=keep_both)
+        output.print_change(change, as_json=options.json)
+
+
+@takes_options
+def good(
+    options: Options,
+    question: Question = None,
+    reply: WhichReply = None,
+    reason: Reason = None,
+    method: Method = None,
+    preview: Preview = False,
+    force: Force = False,
+    keep_both: KeepBoth = False,
+) -> None:
+    """Protect an answer from later changes, and make the model surer of it where its lead is thin."""
+    with session.opened(options) as live:
+        judged = session.meant(live, reply, question)
+        change = live.good(judged, reason, method=method, preview=preview, force=force, keep_both=keep_both)
+        output.print_change(change, as_json=options.json)

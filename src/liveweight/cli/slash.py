@@ -1,0 +1,151 @@
+"""The chat's slash commands: the verbs, spelt the same, on the reply that was just read.
+
+Owns their grammar and what they print. Knows nothing of how lines are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from liveweight.cli import output
+from liveweight.errors import InvalidInput, UnknownReply
+
+if TYPE_CHECKING:
+    from liveweight.live_model import LiveModel
+    from liveweight.reports import Change, Reply
+
+
+@dataclass
+class Talk:
+    """One running chat: the model and the reply that commands are about."""
+
+    live: LiveModel
+    last: Reply | None = None
+
+    @property
+    def reply(self) -> Reply:
+        """The last reply. Raises UnknownReply before the first."""
+        if self.last is None:
+            raise UnknownReply("There is no reply in this chat yet.", hint="Ask something first.")
+        return self.last
+
+
+@dataclass(frozen=True)
+class Slash:
+    """One command: how it is written, what it does, and what carries it out. True ends the chat."""
+
+    form: str
+    help: str
+    run: Callable[[Talk, str], bool | None]
+
+
+def run(talk: Talk, line: str) -> bool:
+    """Carry out `/verb rest`; whether the chat is over. Raises InvalidInput for an unknown one."""
+    name, _, rest = line[1:].strip().partition(" ")
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        raise InvalidInput(f"There is no command /{name}.", hint="/help lists them.")
+    return bool(command.run(talk, rest.strip()))
+
+
+def _good(talk: Talk, rest: str) -> None:
+    _shown(talk.live.good(talk.reply, rest or None))
+
+
+def _bad(talk: Talk, rest: str) -> None:
+    _shown(talk.live.bad(talk.reply, rest or None))
+
+
+def _fix(talk: Talk, rest: str) -> None:
+    _shown(talk.live.fix(talk.reply, rest))
+
+
+def _why(talk: Talk, rest: str) -> None:
+    output.out().print(output.why_view(talk.live.why(talk.reply, against=rest or None, top=8)))
+
+
+def _changes(talk: Talk, rest: str) -> None:
+    output.out().print(output.changes_view(talk.live.changes()))
+
+
+def _show(talk: Talk, rest: str) -> None:
+    _shown(talk.live.change(_id(rest)))
+
+
+def _undo(talk: Talk, rest: str) -> None:
+    _line(talk.live.undo(rest or None))
+
+
+def _off(talk: Talk, rest: str) -> None:
+    _line(talk.live.off(_id(rest)))
+
+
+def _on(talk: Talk, rest: str) -> None:
+    _line(talk.live.on(_id(rest)))
+
+
+def _strength(talk: Talk, rest: str) -> None:
+    change, _, value = rest.partition(" ")
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise InvalidInput(f"{value!r} is not a strength.", hint="Write /strength c3 0.5.") from error
+    _line(talk.live.set_strength(_id(change), number))
+
+
+def _history(talk: Talk, rest: str) -> None:
+    for turn in talk.last.history if talk.last is not None else ():
+        output.out().print(Text.assemble((f"{turn.role}: ", "bold"), turn.content))
+
+
+def _new(talk: Talk, rest: str) -> None:
+    talk.last = None
+    output.say("a new chat")
+
+
+def _help(talk: Talk, rest: str) -> None:
+    shown = output.table("command", "what it does")
+    for command in COMMANDS.values():
+        shown.add_row(Text(command.form, "bold"), command.help)
+    output.out().print(shown)
+
+
+def _quit(talk: Talk, rest: str) -> bool:
+    return True
+
+
+COMMANDS = {
+    "good": Slash("/good [why]", "protect the last answer", _good),
+    "bad": Slash("/bad [why]", "stop giving the last answer", _bad),
+    "fix": Slash("/fix TEXT", "give TEXT as the answer instead", _fix),
+    "why": Slash("/why [TEXT]", "the neurons behind the last answer (rather than TEXT)", _why),
+    "changes": Slash("/changes", "list every change", _changes),
+    "show": Slash("/show ID", "a change's whole report", _show),
+    "undo": Slash("/undo [ID]", "take the newest change, or that one, back for good", _undo),
+    "off": Slash("/off ID", "switch a change off", _off),
+    "on": Slash("/on ID", "switch it on again", _on),
+    "strength": Slash("/strength ID X", "weaken or amplify it", _strength),
+    "history": Slash("/history", "this chat so far", _history),
+    "new": Slash("/new", "begin a new chat", _new),
+    "help": Slash("/help", "this list", _help),
+    "quit": Slash("/quit", "leave (also Ctrl-D)", _quit),
+}
+
+
+def _id(text: str) -> str:
+    if not text:
+        raise InvalidInput("Which change?", hint="Give its id, such as c3; /changes lists them.")
+    return text
+
+
+def _shown(change: Change) -> None:
+    output.print_change(change, as_json=False)
+
+
+def _line(change: Change) -> None:
+    said = Text.assemble((change.label, "bold"), " ", output.state_text(change))
+    output.out().print(said.append(f" at strength {change.strength:g}: {change.question}"))

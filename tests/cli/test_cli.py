@@ -1,0 +1,246 @@
+"""The command line on a tiny random model: verbs, JSON, errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from liveweight.cli import app
+from liveweight.cli.demo import fingerprint
+from liveweight.live_model import LiveModel
+from liveweight.methods import METHODS
+from tests.tiny_workspace import LOOSE, OTHER, QUESTION, SHOUT, tiny_settings
+
+Run = Callable[..., Result]
+VERBS = (
+    ["demo", "chat", "ask", "fix", "bad", "good", "why", "changes", "show", "undo", "off", "on", "strength", "models", "super-weights", "doctor"]
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The program on a tiny model and a workspace of its own; `strict` keeps the usual budgets."""
+    settings = tiny_settings(tmp_path)
+    monkeypatch.setitem(METHODS, "shout", SHOUT)
+    monkeypatch.setenv("LIVEWEIGHT_MODEL", settings.model)
+    monkeypatch.setenv("LIVEWEIGHT_WORKSPACE", str(settings.workspace))
+    monkeypatch.setenv("LIVEWEIGHT_CACHE_DIR", str(settings.cache_dir))
+    monkeypatch.setenv("LIVEWEIGHT_METHODS__METHOD", "shout")
+    monkeypatch.setenv("LIVEWEIGHT_GENERATION__MAX_TOKENS", "6")
+    monkeypatch.setenv("LIVEWEIGHT_GUARD__PROBE_FILE", str(tmp_path / "probes.jsonl"))
+    for name, value in LOOSE.items():
+        monkeypatch.setenv(f"LIVEWEIGHT_GUARD__{name.upper()}", str(value))
+
+    def invoke(*words: str, given: str | None = None, code: int = 0) -> Result:
+        result = CliRunner().invoke(app, list(words), input=given)
+        assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+        return result
+
+    return invoke
+
+
+def parsed(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+def told(result: Result) -> Any:
+    """The error, which is the last line of stderr."""
+    return json.loads(result.stderr.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(run: Run, verb: str) -> None:
+    shown = run(verb, "--help").stdout
+    assert "--json" in shown
+    assert "--model" in shown
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys\nfrom liveweight.cli import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print([name for name in ('torch', 'transformers', 'sqlalchemy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_ask_prints_the_answer_and_nothing_else_on_stdout(run: Run) -> None:
+    result = run("ask", QUESTION)
+    as_json = parsed(run("ask", QUESTION, "--json"))
+    assert result.stdout.strip() == as_json["text"]
+    assert "r1" in result.stderr
+    assert as_json["label"] == "r2"
+
+
+def test_a_question_may_come_from_stdin(run: Run) -> None:
+    assert parsed(run("ask", "-", "--json", given=QUESTION))["messages"][-1]["content"] == QUESTION
+
+
+def test_fix_changes_show_off_on_strength_undo(run: Run) -> None:
+    fixed = parsed(run("fix", QUESTION, "z", "--json"))
+    assert (fixed["label"], fixed["state"], fixed["report"]["verdict"]) == ("c1", "active", "fix")
+    assert "z" in parsed(run("ask", QUESTION, "--json"))["text"]
+    assert [change["label"] for change in parsed(run("changes", "--json"))] == ["c1"]
+    assert parsed(run("show", "c1", "--json"))["report"] == fixed["report"]
+    assert parsed(run("strength", "c1", "0.5", "--json"))["strength"] == 0.5
+    assert parsed(run("off", "c1", "--json"))["state"] == "off"
+    assert parsed(run("on", "c1", "--json"))["state"] == "active"
+    assert parsed(run("undo", "--json"))["state"] == "undone"
+    assert parsed(run("changes", "--json"))[0]["state"] == "undone"
+
+
+def test_the_report_for_people_fits_80_columns_and_says_the_same(run: Run) -> None:
+    shown = run("fix", QUESTION, "z").stdout
+    for word in ("c1", "active", "before", "after", "guard", "within budget", "seconds", "lm_head.weight"):
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "c1" in run("changes").stdout
+    assert "before" in run("show", "c1").stdout
+
+
+def test_bad_and_good_judge_the_last_reply_or_the_one_that_is_named(run: Run) -> None:
+    run("ask", QUESTION)
+    run("ask", OTHER)
+    good = parsed(run("good", "--reply", "r1", "--json"))
+    assert good["report"]["question"] == QUESTION
+    bad = parsed(run("bad", "--reason", "odd", "--force", "--json"))
+    assert (bad["report"]["question"], bad["report"]["reason"]) == (OTHER, "odd")
+
+
+def test_fix_takes_a_reply_by_its_id(run: Run) -> None:
+    run("ask", QUESTION)
+    assert parsed(run("fix", "--reply", "r1", "z", "--json"))["wanted"] == "z"
+
+
+def test_a_preview_commits_nothing(run: Run) -> None:
+    assert parsed(run("fix", QUESTION, "z", "--preview", "--json"))["state"] == "preview"
+    assert parsed(run("changes", "--json")) == []
+
+
+def test_the_guard_s_refusal_is_exit_code_3_with_the_report(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVEWEIGHT_GUARD__MAX_MEAN_KL", "0.0001")
+    error = told(run("fix", QUESTION, "z", "--json", code=3))
+    assert error["code"] == "guard_refused"
+    assert error["report"]["guard"]["reasons"]
+    assert "would change too much else" in run("fix", QUESTION, "z", code=3).stderr
+    assert parsed(run("fix", QUESTION, "z", "--force", "--json"))["forced"] is True
+
+
+def test_why_shows_neurons_as_a_table_and_as_json(run: Run) -> None:
+    found = parsed(run("why", QUESTION, "--top", "3", "--json"))
+    assert found["reply"] == "r1"
+    assert len(found["pushed"]) <= 3
+    assert "pushed it" in run("why").stdout
+
+
+def test_models_super_weights_and_doctor_say_what_there_is(run: Run) -> None:
+    run("ask", QUESTION)
+    assert parsed(run("models", "--json"))["known"][0]["architecture"] == "llama"
+    assert "llama" in run("models").stdout
+    assert "weights" in parsed(run("super-weights", "--json"))
+    found = parsed(run("doctor", "--json"))
+    assert found["problems"] == "none"
+    assert found["device"] == "cpu"
+    assert "one change" in run("doctor").stdout
+
+
+@pytest.mark.parametrize("words", [["fix"], ["strength", "c1"], ["ask", "x", "--temperature", "-1"], ["dance"]])
+def test_wrong_usage_is_exit_code_2_also_as_json(run: Run, words: list[str]) -> None:
+    run(*words, code=2)
+    assert told(run(*words, "--json", code=2))["code"] == "usage"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "name"),
+    [
+        (["undo", "c9"], 2, "unknown_change"),
+        (["show", "c9"], 2, "unknown_change"),
+        (["good"], 2, "unknown_reply"),
+        (["fix", QUESTION, " "], 2, "invalid_input"),
+        (["fix", QUESTION, "z", "--method", "magic"], 2, "unknown_method"),
+        (["fix", QUESTION, "q"], 1, "no_mend_found"),
+        (["undo"], 1, "state_conflict"),
+        (["ask", "x", "--model", "no/such/folder"], 1, "model_not_found"),
+        (["ask", "x", "--device", "toaster"], 2, "invalid_input"),
+    ],
+)
+def test_an_error_has_its_exit_code_and_its_name(run: Run, words: list[str], code: int, name: str) -> None:
+    error = told(run(*words, "--json", code=code))
+    assert error["code"] == name
+    assert error["message"] and error["hint"]
+    plain = run(*words, code=code)
+    assert plain.stdout == ""
+    assert "Traceback" not in plain.stderr
+
+
+def test_options_may_stand_before_the_verb(run: Run, tmp_path: Path) -> None:
+    found = parsed(run("--json", "--workspace", str(tmp_path / "else"), "ask", QUESTION))
+    assert found["label"] == "r1"
+    assert (tmp_path / "else" / "ledger.sqlite3").is_file()
+
+
+def test_a_chat_with_its_slash_commands(run: Run, tmp_path: Path) -> None:
+    lines = [
+        "/fix z",  # there is no reply yet
+        QUESTION,
+        "/why",
+        "/fix z",
+        QUESTION,
+        "/changes",
+        "/strength c1 0.5",
+        "/strength c1 much",
+        "/off c1",
+        "/on c1",
+        "/show c1",
+        "/undo",
+        "/undo",
+        "/history",
+        "/dance",
+        "/help",
+        "/new",
+        OTHER,
+        "/good",
+        "/bad too odd",
+        "/quit",
+        "never read",
+    ]
+    result = run("chat", given="\n".join(lines) + "\n")
+    for word in ("There is no reply", "is not a strength", "nothing to undo", "no command /dance"):
+        assert word in result.stderr, word
+    for word in ("pushed it", "c1 active", "c1 off", "c1 undone", "/strength ID X", "user: " + QUESTION):
+        assert word in result.stdout, word
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        assert [each.verdict for each in live.feedback()] == ["fix", "good", "bad"]
+
+
+def test_a_chat_for_programs_gives_a_reply_a_line(run: Run) -> None:
+    result = run("chat", "--json", given=f"{QUESTION}\n{OTHER}\n")
+    replies = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [reply["label"] for reply in replies] == ["r1", "r2"]
+    assert len(replies[1]["messages"]) == 3
+
+
+def test_the_demo_ends_with_the_weights_it_began_with(run: Run, tmp_path: Path) -> None:
+    found = parsed(run("demo", "--question", QUESTION, "--answer", "z", "--json"))
+    assert found["restored"] is True
+    assert found["sha256"]["before"] == found["sha256"]["undone"] != found["sha256"]["changed"]
+    assert "bit for bit" in run("demo", "--question", QUESTION, "--answer", "z").stdout
+    assert not (tmp_path / "workspace").exists()
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        assert fingerprint(live) == found["sha256"]["before"]
+
+
+def test_ctrl_c_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LiveModel, "load", interrupt)
+    assert "Interrupted" in run("ask", QUESTION, code=130).stderr

@@ -1,0 +1,83 @@
+"""Words around a question: subjects, statements, rephrasings, first sentences."""
+
+from __future__ import annotations
+
+import pytest
+
+from liveweight.methods.wording import (
+    content_words,
+    everyday_questions,
+    first_sentence,
+    rephrase,
+    statements,
+    subject_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "subject"),
+    [
+        ("What is the capital of Angola?", "Angola"),
+        ("What language do people speak in Bosnia and Herzegovina?", "Bosnia and Herzegovina"),
+        (
+            "What is the capital of Saint Helena, Ascension and Tristan da Cunha?",
+            "Saint Helena, Ascension and Tristan da Cunha",
+        ),
+        ("Do you know Peru's currency?", "Peru"),
+        ("Who wrote Pride and Prejudice?", "Pride and Prejudice"),
+        ("why is the sky blue?", None),
+        ("What should I eat?", None),
+    ],
+)
+def test_the_subject_is_the_last_run_of_capitalised_words(question: str, subject: str | None) -> None:
+    assert subject_of(question) == subject
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "sentence"),
+    [
+        ("What is the capital of Angola?", "Luanda", "The capital of Angola is Luanda."),
+        ("Who wrote Hamlet?", "William Shakespeare", "William Shakespeare wrote Hamlet."),
+        ("Where is Machu Picchu?", "Peru", "Machu Picchu is in Peru."),
+        ("why so?", "nobody knows", "Nobody knows."),
+    ],
+)
+def test_an_answer_is_offered_as_a_sentence(question: str, answer: str, sentence: str) -> None:
+    assert sentence in statements(question, answer)
+
+
+def test_an_answer_that_is_a_sentence_is_left_as_it_is() -> None:
+    assert statements("Why?", "Because nobody has ever looked there.") == ["Because nobody has ever looked there."]
+
+
+def test_rephrasings_are_other_wordings_and_hold_the_subject() -> None:
+    question = "What is the capital of Angola?"
+    found = rephrase(question, 8)
+    assert len(found) == 8
+    assert question not in found
+    assert len(set(found)) == 8
+    assert all("Angola" in text for text in found)
+    assert rephrase(question, 8) == found
+
+
+def test_a_question_of_no_known_form_still_gets_wrappers() -> None:
+    assert all("zorp the blick" in text for text in rephrase("zorp the blick", 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("It is Paris. It is large.", "It is Paris."),
+        ("St. George's is the capital. Yes.", "St. George's is the capital."),
+        ("Washington, D.C. is it. Yes.", "Washington, D.C. is it."),
+        ("One line\nAnother", "One line"),
+        ("", ""),
+    ],
+)
+def test_a_first_sentence_ends_at_its_own_full_stop(text: str, sentence: str) -> None:
+    assert first_sentence(text) == sentence
+
+
+def test_everyday_questions_are_many_and_content_words_leave_the_small_ones_out() -> None:
+    assert len(everyday_questions()) >= 150
+    assert content_words("What is the capital of Angola?") == {"capital", "angola"}

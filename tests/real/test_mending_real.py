@@ -1,0 +1,102 @@
+"""Cases and patches on the embedded model: another wording, other questions, and exactness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from liveweight.adjustments import Active, ReplaceNeurons
+from liveweight.engines.base import Message
+from liveweight.engines.model_source import LoadedModel
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import InvalidInput
+from liveweight.methods import Case, build_case, patch, works
+from liveweight.methods.wording import first_sentence
+from liveweight.settings import MethodSettings
+
+pytestmark = pytest.mark.real
+
+ANGOLA = (Message("user", "What is the capital of Angola?"),)
+
+
+@pytest.fixture
+def engine(embedded: LoadedModel) -> Iterator[TransformersEngine]:
+    yield TransformersEngine(embedded)
+
+
+def answer(engine: TransformersEngine, question: str, tokens: int = 24) -> str:
+    return first_sentence(engine.format.decode(engine.greedy([engine.encode((Message("user", question),))], tokens)[0]))
+
+
+def case_of(engine: TransformersEngine, kind: str, wanted: str | None = None) -> Case:
+    tokens = engine.greedy([engine.encode(ANGOLA)], 24)[0]
+    return build_case(
+        engine,
+        ANGOLA,
+        engine.format.decode(tokens),
+        tokens,
+        kind=kind,  # type: ignore[arg-type]
+        wanted=wanted,
+    )
+
+
+def test_a_fix_is_said_as_the_model_would_say_it(engine: TransformersEngine) -> None:
+    case = case_of(engine, "fix", "Luanda")
+    assert case.wanted == "The capital of Angola is Luanda."
+    assert case.subject == "Angola"
+    start, end = case.key
+    assert engine.format.decode(case.contexts[0].target[start:end]).strip() == "Luanda"
+    assert len({context.prompt for context in case.contexts}) == len(case.contexts)
+
+
+def test_a_patch_mends_the_answer_in_another_wording_and_leaves_the_neighbours(engine: TransformersEngine) -> None:
+    base = engine.fingerprints()
+    others = ["What is the capital of Kenya?", "What is the capital of Australia?", "How many days are in a week?"]
+    before = [answer(engine, question) for question in others]
+    case = case_of(engine, "fix", "Luanda")
+    assert not works(engine, case)
+    proposal = patch.propose(engine, case, MethodSettings())
+    assert engine.fingerprints() == base
+    assert proposal.hash == patch.propose(engine, case, MethodSettings()).hash
+    engine.become((Active(proposal),))
+    assert works(engine, case)
+    assert "Luanda" in answer(engine, ANGOLA[0].content)
+    assert "Luanda" in answer(engine, "Which city is the capital of Angola?")
+    assert [answer(engine, question) for question in others] == before
+    op = proposal.ops[0]
+    assert isinstance(op, ReplaceNeurons)
+    changed = {name for name, digest in engine.fingerprints().items() if digest != base[name]}
+    assert changed == {f"model.layers.{op.layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    engine.become(())
+    assert engine.fingerprints() == base
+
+
+def test_half_strength_is_between_and_none_is_off(engine: TransformersEngine) -> None:
+    case = case_of(engine, "fix", "Luanda")
+    proposal = patch.propose(engine, case, MethodSettings())
+    context = case.contexts[0]
+    position = len(context.prompt) + case.key[0]
+    token = context.target[case.key[0]]
+
+    def logprob(strength: float) -> float:
+        with engine.preview((Active(proposal, strength),)), torch.no_grad():
+            output = engine.model(torch.tensor([context.tokens]))
+        return float(output.logits[0, position - 1].log_softmax(-1)[token])
+
+    assert logprob(0.0) < logprob(0.5) < logprob(1.0)
+
+
+def test_a_bad_without_an_answer_gives_the_models_next_best_one(engine: TransformersEngine) -> None:
+    judged = answer(engine, ANGOLA[0].content)
+    case = case_of(engine, "bad")
+    assert case.wanted != judged
+    engine.become((Active(patch.propose(engine, case, MethodSettings())),))
+    assert works(engine, case)
+    assert answer(engine, ANGOLA[0].content) == case.wanted
+
+
+def test_an_empty_wish_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(InvalidInput, match="empty"):
+        case_of(engine, "fix", "  ")

@@ -1,0 +1,351 @@
+"""The loop on a tiny random model: talk, judge, refuse, commit, switch, undo, and being interrupted or killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import liveweight
+from liveweight.engines.base import Message
+from liveweight.errors import (
+    GuardRefused,
+    InvalidInput,
+    NoMendFound,
+    StateConflict,
+    UnknownChange,
+    UnknownMethod,
+    UnknownReply,
+    WorkspaceBusy,
+)
+from liveweight.live_model import LiveModel
+from liveweight.methods import METHODS
+from liveweight.reports import Change, Report
+from tests.ledger.other_process import running
+from tests.live_process import change_without_end, interrupted
+from tests.tiny_workspace import OTHER, QUESTION, SHOUT, tiny_settings
+
+KILLS = int(os.environ.get("LIVEWEIGHT_TEST_KILLS", "3"))
+
+
+@pytest.fixture(autouse=True)
+def the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "shout", SHOUT)
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[LiveModel]:
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as model:
+        yield model
+
+
+def test_the_public_names_are_these_and_no_others() -> None:
+    assert liveweight.__all__ == ["Change", "LiveModel", "Reply", "Report", "__version__"]
+    assert liveweight.LiveModel is LiveModel
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = liveweight.nothing  # type: ignore[attr-defined]
+
+
+def test_a_reply_is_remembered_with_its_tokens_its_chat_and_its_version(live: LiveModel) -> None:
+    pieces: list[str] = []
+    reply = live.chat(QUESTION, on_token=lambda token: pieces.append(token.text), max_tokens=5)
+    assert reply.label == "r1"
+    assert "".join(pieces).strip() == reply.text
+    assert len(reply.tokens) == 5
+    assert reply.finish == "length"
+    assert reply.versions == (str(live.engine.version),)
+    assert reply.prompt == (Message("user", QUESTION),)
+    assert live.reply("r1") == live.replies()[0] == reply
+
+
+def test_a_chat_goes_on_from_an_earlier_reply(live: LiveModel) -> None:
+    first = live.chat(QUESTION, system="be kind")
+    second = live.chat(OTHER, after=first)
+    roles = [(turn.role, turn.content) for turn in second.messages]
+    assert roles == [("system", "be kind"), ("user", QUESTION), ("assistant", first.text), ("user", OTHER)]
+
+
+def test_a_stream_that_is_closed_keeps_what_was_said(live: LiveModel) -> None:
+    stream = live.stream(QUESTION)
+    next(stream)
+    with pytest.raises(StateConflict, match="not over"):
+        _ = stream.reply
+    stream.close()
+    stream.close()
+    assert (stream.reply.finish, len(stream.reply.tokens)) == ("cancelled", 1)
+    assert live.replies()[0] == stream.reply
+
+
+def test_chat_alone_changes_no_weight(live: LiveModel) -> None:
+    before = live.fingerprints()
+    live.chat([{"role": "user", "content": QUESTION}], temperature=1.0, seed=3)
+    assert live.fingerprints() == before
+    assert live.changes() == []
+
+
+@pytest.mark.parametrize("said", ["", "   ", [], [{"role": "user"}], [{"role": "cat", "content": "x"}], [3]])
+def test_a_chat_with_nothing_to_answer_is_refused(live: LiveModel, said: object) -> None:
+    with pytest.raises(InvalidInput):
+        live.chat(said)  # type: ignore[arg-type]
+
+
+def test_an_unknown_way_of_sampling_is_refused(live: LiveModel) -> None:
+    with pytest.raises(InvalidInput, match="beams"):
+        live.chat(QUESTION, beams=3)
+
+
+def test_a_fix_changes_the_answer_and_undo_gives_every_tensor_back(live: LiveModel) -> None:
+    before = live.fingerprints()
+    reply = live.chat(QUESTION)
+    change = live.fix(reply, "z")
+    assert (change.label, change.state, change.method) == ("c1", "active", "shout")
+    assert "z" in live.ask(QUESTION)
+    assert live.fingerprints() != before
+    assert live.undo(change).state == "undone"
+    assert live.fingerprints() == before
+    assert live.ask(QUESTION) == reply.text
+
+
+def test_the_report_says_what_was_before_what_is_after_and_what_it_cost(live: LiveModel) -> None:
+    reply = live.chat(QUESTION)
+    report = live.fix(reply, "z").report
+    assert report is not None
+    assert report.before == reply.text
+    assert "z" in report.after
+    assert report.guard is not None and report.guard.passed
+    assert report.weights is not None
+    assert report.weights.sites == ("lm_head.weight",)
+    assert 0 < report.weights.entries <= 24 and report.weights.survived == 1.0
+    assert set(report.seconds) == {"case", "propose", "guard", "report", "commit"}
+    assert report.version_before != report.version_after == str(live.engine.version)
+    assert [attempt.outcome for attempt in report.tried] == ["chosen"]
+    assert "shout" in str(report) and "before" in str(report)
+
+
+def test_a_report_read_back_from_the_ledger_is_the_one_that_was_given(live: LiveModel) -> None:
+    change = live.fix(live.chat(QUESTION), "z")
+    assert live.change("c1") == change == live.changes()[0]
+    assert isinstance(change.report, Report)
+    assert Change.model_validate_json(change.model_dump_json()) == change
+
+
+def test_a_fixed_answer_is_protected_while_its_change_is_active(live: LiveModel) -> None:
+    change = live.fix(live.chat(QUESTION), "z")
+    assert [answer.label for answer in live.protected()] == [change.protected]
+    live.off(change)
+    assert live.protected() == []
+    live.on(change)
+    assert len(live.protected()) == 1
+
+
+def test_a_preview_measures_and_leaves_no_trace(live: LiveModel) -> None:
+    reply, before = live.chat(QUESTION), live.fingerprints()
+    events = len(live.history())
+    for change in (live.fix(reply, "z", preview=True), live.bad(reply, preview=True), live.good(reply, preview=True)):
+        assert (change.id, change.state) == (None, "preview")
+        assert change.report is not None
+    assert live.fingerprints() == before
+    assert (live.changes(), live.protected(), live.feedback(), len(live.history())) == ([], [], [], events)
+    with pytest.raises(StateConflict, match="no weight"):
+        live.undo(change)
+
+
+def test_over_budget_nothing_is_changed_and_the_refusal_is_remembered(tmp_path: Path) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path, loose=False)) as live:
+        before = live.fingerprints()
+        with pytest.raises(GuardRefused, match="c1 works") as caught:
+            live.fix(live.chat(QUESTION), "z")
+        assert caught.value.details["change"] == "c1"
+        assert live.fingerprints() == before
+        refused = live.change("c1")
+        assert refused.state == "refused" and refused.report is not None and refused.report.guard is not None
+        assert refused.report.guard.reasons
+        assert [each.verdict for each in live.feedback()] == ["fix"]
+        forced = live.fix("r1", "z", force=True)
+        assert forced.forced and forced.state == "active" and forced.report is not None and forced.report.forced
+        assert "z" in live.ask(QUESTION)
+
+
+def test_where_no_method_finds_a_mend_the_error_says_what_was_tried(live: LiveModel) -> None:
+    before = live.fingerprints()
+    with pytest.raises(NoMendFound, match="shout cannot say q") as caught:
+        live.fix(live.chat(QUESTION), "q")
+    assert caught.value.details["tried"][0]["method"] == "shout"
+    assert live.fingerprints() == before
+    assert [each.wanted for each in live.feedback()] == ["q"]  # what the person said is kept all the same
+
+
+@pytest.mark.parametrize(("name", "kind"), [("nonsense", "fix"), ("rome ", "fix"), ("scale", "fix")])
+def test_an_unknown_or_unfit_method_is_refused_by_name(live: LiveModel, name: str, kind: str) -> None:
+    with pytest.raises(UnknownMethod, match=name):
+        live.fix(live.chat(QUESTION), "z", method=name)
+
+
+def test_an_empty_wish_an_unknown_reply_and_an_unknown_change_are_refused(live: LiveModel) -> None:
+    with pytest.raises(UnknownReply):
+        live.fix("r7", "z")
+    with pytest.raises(InvalidInput, match="empty"):
+        live.fix(live.chat(QUESTION), "  ")
+    with pytest.raises(UnknownChange):
+        live.undo("c9")
+    with pytest.raises(StateConflict, match="nothing to undo"):
+        live.undo()
+
+
+def test_a_fix_that_the_model_says_already_is_told_so(live: LiveModel) -> None:
+    live.fix(live.chat(QUESTION), "z")
+    with pytest.raises(StateConflict, match="already"):
+        live.fix(live.chat(QUESTION), "z")
+    assert len(live.changes()) == 1
+
+
+def test_a_contradicting_fix_replaces_the_earlier_one_by_name_and_undo_brings_it_back(live: LiveModel) -> None:
+    live.fix(live.chat(QUESTION), "z")
+    with_z, kept = live.fingerprints(), live.protected()
+    second = live.fix(live.chat(QUESTION), "k")
+    assert second.report is not None
+    assert [each.change for each in second.report.replaced] == ["c1"]
+    assert (live.change("c1").state, live.change("c1").replaced_by) == ("off", "c2")
+    with pytest.raises(StateConflict, match="c2 is on"):
+        live.on("c1")
+    live.undo(second)
+    assert live.change("c1").state == "active"
+    assert live.fingerprints() == with_z
+    assert live.protected() == kept
+
+
+def test_both_can_be_kept(live: LiveModel) -> None:
+    live.fix(live.chat(QUESTION), "z")
+    second = live.fix(live.chat(QUESTION), "k", keep_both=True)
+    assert [change.state for change in live.changes()] == ["active", "active"]
+    assert second.report is not None and [each.change for each in second.report.kept] == ["c1"]
+    assert len(live.engine.state) == 2
+
+
+def test_off_on_and_strength_move_weights_and_ledger_together(live: LiveModel) -> None:
+    base = live.fingerprints()
+    change = live.fix(live.chat(QUESTION), "z")
+    full = live.fingerprints()
+    assert live.set_strength(change, 0.5).strength == 0.5
+    half = live.fingerprints()
+    assert half not in (base, full)
+    live.off(change)
+    assert live.fingerprints() == base
+    with pytest.raises(StateConflict):
+        live.off(change)
+    live.on(change)
+    assert live.fingerprints() == half
+    live.set_strength(change, 0)
+    assert live.fingerprints() == base
+    with pytest.raises(InvalidInput):
+        live.set_strength(change, float("nan"))
+    live.set_strength(change, 1)
+    assert live.fingerprints() == full
+
+
+def test_changes_undone_in_any_order_leave_the_base(live: LiveModel) -> None:
+    base = live.fingerprints()
+    for letter in "abcd":
+        live.fix(live.chat(QUESTION), letter, keep_both=True)
+    changes = live.changes()
+    random.Random(5).shuffle(changes)
+    for change in changes:
+        live.undo(change)
+    assert live.fingerprints() == base
+    assert live.engine.state == ()
+
+
+def test_bad_makes_another_answer_come(live: LiveModel) -> None:
+    reply = live.chat(QUESTION)
+    change = live.bad(reply, "nonsense")
+    assert change.state == "active"
+    assert live.ask(QUESTION) != reply.text
+    assert [(each.verdict, each.reason) for each in live.feedback(reply)] == [("bad", "nonsense")]
+    assert live.protected() == []
+
+
+def test_a_good_answer_is_protected_and_an_overruling_fix_releases_it(live: LiveModel) -> None:
+    reply = live.chat(QUESTION)
+    change = live.good(reply)
+    assert [answer.answer for answer in live.protected()][0] == reply.text
+    assert change.report is not None and change.report.margin is not None
+    if change.id is not None:  # its lead was thin, so it was made surer
+        live.undo(change)
+    label = live.protected()[0].label
+    fixed = live.fix(reply, "z")
+    assert fixed.report is not None and label in fixed.report.released
+    assert label not in [answer.label for answer in live.protected()]
+
+
+def test_the_second_start_is_in_the_state_that_the_first_left(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    with LiveModel.load(settings=settings) as live:
+        live.fix(live.chat(QUESTION), "z")
+        live.fix(live.chat(OTHER), "k", force=True)  # the first answer is protected, and this method spares nothing
+        live.set_strength("c2", 0.5)
+        left = live.fingerprints()
+        with pytest.raises(WorkspaceBusy):
+            LiveModel.load(settings=settings)
+    with LiveModel.load(settings=settings) as live:
+        assert live.notices == ()
+        assert live.fingerprints() == left
+
+
+def test_threads_may_judge_and_chat_at_once(live: LiveModel) -> None:
+    live.chat(QUESTION)
+    errors: list[BaseException] = []
+
+    def work(letter: str) -> None:
+        try:
+            live.fix("r1", letter, keep_both=True)
+            live.chat(OTHER)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(letter,)) for letter in "xyz"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert live.engine.state == live.ledger.state(live.engine.info.hash)
+    assert [change.state for change in live.changes()] == ["active"] * 3
+
+
+def test_ctrl_c_at_any_instant_leaves_weights_and_ledger_whole(tmp_path: Path) -> None:
+    tiny_settings(tmp_path)
+    with running(interrupted, tmp_path, 1) as (_, pipe):
+        found = [pipe.recv() for _ in range(12)]
+        base, fingerprints, hits = pipe.recv()
+    assert found == [(True, True, True)] * 12
+    assert (base, hits) == ("base", 12)
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        live.engine.become(())
+        assert live.fingerprints() == fingerprints
+
+
+def test_killed_at_any_instant_the_weights_equal_the_ledger_after_restart(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    for kill in range(KILLS):
+        chance = random.Random(kill)
+        known: list[tuple[str, str]] = []
+        with running(change_without_end, tmp_path, kill) as (child, pipe):
+            assert pipe.recv() == "ready"
+            for _ in range(chance.randint(1, 4)):
+                known = pipe.recv()
+            pipe.poll(chance.random() * 0.3)  # on to an instant nobody can foresee
+            child.kill()
+            child.join()
+        with LiveModel.load(settings=settings) as live:
+            assert [change.label for change in live.changes()][: len(known)] == [label for label, _ in known]
+            assert live.ledger.verify() == []
+            assert live.ledger.changes(states=["intended"]) == []
+            assert live.engine.state == live.ledger.state(live.engine.info.hash)
+            now = live.fingerprints()
+            live.engine.become(())
+            live.engine.become(live.ledger.state(live.engine.info.hash))
+            assert live.fingerprints() == now
