@@ -35,6 +35,7 @@ class Stamps(BaseStreamer):
         self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, or one new token."""
         if self._prompt:
             self._prompt = False
             return
@@ -85,7 +86,7 @@ def measure(engine: TransformersEngine, options: argparse.Namespace) -> int:
 
 
 def theirs(engine: TransformersEngine, prompt: list[int], tokens: int) -> tuple[list[int], float]:
-    """transformers' own generate: ids, and milliseconds a token."""
+    """What transformers' own generate gives: ids, and milliseconds a token."""
     stamps = Stamps()
     ids = torch.tensor([prompt], device=engine.sites.embed.weight.device)
     with torch.inference_mode():

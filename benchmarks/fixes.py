@@ -21,7 +21,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,12 @@ from liveweight.evaluation import (
     first_sentence,
     fluency,
     gives_another,
+    instructions,
     normalised,
+    plain_text,
     same_first_sentence,
     says,
 )
-from liveweight.evaluation.sources import instructions, plain_text
 from liveweight.methods import Case, build_case
 from liveweight.settings import Settings
 from records import Asked, Records, base_answers
@@ -327,13 +328,9 @@ def steps(what: str, cases: list[Asked], done: list[Any]) -> Iterator[tuple[int,
     """The cases that are left, numbered as in the whole, with a bar on stderr."""
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=len(cases), completed=len(done))
-        for number, asked in islice_from(cases, len(done)):
+        for number, asked in list(enumerate(cases))[len(done) :]:
             yield number, asked
             bar.advance(task)
-
-
-def islice_from(cases: list[Asked], start: int) -> Iterable[tuple[int, Asked]]:
-    return list(enumerate(cases))[start:]
 
 
 def say(what: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from liveweight.errors import (
     UnknownReply,
     WorkspaceBusy,
 )
+from liveweight.interrupts import uninterrupted
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS
 from liveweight.reports import Change, Report
@@ -271,7 +273,7 @@ def test_bad_makes_another_answer_come(live: LiveModel) -> None:
 def test_a_good_answer_is_protected_and_an_overruling_fix_releases_it(live: LiveModel) -> None:
     reply = live.chat(QUESTION)
     change = live.good(reply)
-    assert [answer.answer for answer in live.protected()][0] == reply.text
+    assert live.protected()[0].answer == reply.text
     assert change.report is not None and change.report.margin is not None
     if change.id is not None:  # its lead was thin, so it was made surer
         live.undo(change)
@@ -349,3 +351,11 @@ def test_killed_at_any_instant_the_weights_equal_the_ledger_after_restart(tmp_pa
             live.engine.become(())
             live.engine.become(live.ledger.state(live.engine.info.hash))
             assert live.fingerprints() == now
+
+
+def test_an_interrupt_is_not_lost_behind_an_error() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("the block failed too")
+    assert signal.getsignal(signal.SIGINT) is before

@@ -28,7 +28,9 @@ def as_messages(
     if system is not None:
         messages = [Message("system", system), *(m for m in messages if m.role != "system")]
     if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
-        raise InvalidInput("There is nothing to answer.", hint="Let the chat end with a user's message that says something.")
+        raise InvalidInput(
+            "There is nothing to answer.", hint="Let the chat end with a user's message that says something."
+        )
     return tuple(messages)
 
 

@@ -30,5 +30,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         # A handler that was not set from Python reads as None and cannot be put back by name.
         signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
+        if came:  # also where the block failed: an interrupt must not get lost behind an error that callers handle
+            raise KeyboardInterrupt

@@ -311,9 +311,7 @@ class Judge:
     def _protect_answer(self, work: _Work, change: Record, feedback: int | None) -> None:
         _, tokens = answer_under(self._engine, self._engine.state, work.prompt)
         text = self._engine.format.decode(tokens)
-        self._ledger.protect(
-            self._model, work.said.reply.prompt, text, tokens, feedback=feedback, change=change.id
-        )
+        self._ledger.protect(self._model, work.said.reply.prompt, text, tokens, feedback=feedback, change=change.id)
 
     # ------------------------------------------------------------------------------------------------ good
 
@@ -391,9 +389,7 @@ class Judge:
     def require_no_conflict(self, change: int) -> None:
         """Raises StateConflict when an active change contradicts this one."""
         record = self._ledger.change(change, model=self._model)
-        others = self._ledger.conflicts(
-            self._model, record.prompt_hash, wanted=record.wanted
-        )
+        others = self._ledger.conflicts(self._model, record.prompt_hash, wanted=record.wanted)
         other = next((each for each in others if each.id != record.id), None)
         if other is not None:
             raise StateConflict(
@@ -412,9 +408,7 @@ class Judge:
         self._engine.become(self._ledger.state(self._model))
 
 
-def _unwritten(
-    said: Judgement, report: Report, state: Any, best: Found | None, protected: str | None = None
-) -> Change:
+def _unwritten(said: Judgement, report: Report, state: Any, best: Found | None, protected: str | None = None) -> Change:
     """A judgement that put no change into the ledger."""
     return Change(
         id=None,

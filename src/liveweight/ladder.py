@@ -7,7 +7,7 @@ writes: every candidate is only previewed. Knows nothing of ledgers, replies or 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, UnknownMethod, Unsupported
 from liveweight.guard import Guard, GuardReport, ProtectedItem
 from liveweight.methods import LADDER, METHODS, works
-from liveweight.methods.base import Case
+from liveweight.methods.base import Case, CaseKind
 from liveweight.reports import Attempt
 from liveweight.settings import MethodSettings
 from liveweight.tracing import find_super_weights, protect, spare
@@ -68,12 +68,11 @@ class Limits:
     progress: bool
 
 
-def rungs(kind: str, method: str | None, settings: MethodSettings) -> tuple[str, ...]:
+def rungs(kind: CaseKind, method: str | None, settings: MethodSettings) -> tuple[str, ...]:
     """The methods to ask, in order. Raises UnknownMethod for one that does not exist or does not do this kind."""
     name = method or settings.method
-    ladder: Mapping[str, Sequence[str]] = dict(LADDER)
     if name == AUTO:
-        return tuple(ladder.get(kind, ()))
+        return LADDER.get(kind, ())
     described = METHODS.get(name)
     fit = sorted(each.name for each in METHODS.values() if kind in each.kinds)
     if described is None or kind not in described.kinds:
@@ -137,9 +136,7 @@ def climb(
     return Climb(None, _fully_measured(engine, guard, refused, limits, phases), tuple(tried))
 
 
-def _fully_measured(
-    engine: TransformersEngine, guard: Guard, found: Found, limits: Limits, phases: Phases
-) -> Found:
+def _fully_measured(engine: TransformersEngine, guard: Guard, found: Found, limits: Limits, phases: Phases) -> Found:
     """The refused proposal with the whole guard's report, for the person who has to decide about it."""
     with phases.of("guard"):
         candidate = (*engine.state, Active(found.adjustment))
@@ -147,9 +144,7 @@ def _fully_measured(
 
 
 def _measure(guard: Guard, candidate: State, limits: Limits) -> GuardReport:
-    return guard.measure(
-        candidate, protected=limits.protected, leave_out=limits.leave_out, progress=limits.progress
-    )
+    return guard.measure(candidate, protected=limits.protected, leave_out=limits.leave_out, progress=limits.progress)
 
 
 def _sparing(engine: TransformersEngine, adjustment: Adjustment) -> Adjustment:
@@ -161,8 +156,7 @@ def _sparing(engine: TransformersEngine, adjustment: Adjustment) -> Adjustment:
 def _none_works(case: Case, tried: Sequence[Attempt]) -> NoMendFound:
     wish = {"fix": "bring the wished answer", "bad": "make that answer go", "good": "make that answer surer"}[case.kind]
     return NoMendFound(
-        f"No method could {wish} to {case.question!r}: "
-        + " ".join(f"{each.method}: {each.why}" for each in tried),
+        f"No method could {wish} to {case.question!r}: " + " ".join(f"{each.method}: {each.why}" for each in tried),
         hint="Try it in other words, a shorter answer, or more steps (LIVEWEIGHT_METHODS__MAX_STEPS).",
         tried=[each.model_dump() for each in tried],
     )

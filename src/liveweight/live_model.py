@@ -332,7 +332,7 @@ class LiveModel:
 
     def _sampling(self, given: Mapping[str, Any]) -> Sampling:
         defaults = self.settings.generation
-        values = {"max_tokens": defaults.max_tokens, "temperature": defaults.temperature, "top_p": defaults.top_p}
+        values: dict[str, Any] = {name: getattr(defaults, name) for name in ("max_tokens", "temperature", "top_p")}
         values |= {name: value for name, value in given.items() if value is not None}
         unknown = sorted(set(values) - set(Sampling.__dataclass_fields__))
         if unknown:

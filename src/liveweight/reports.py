@@ -218,7 +218,7 @@ def guard_line(guard: GuardReport) -> str:
     verdict = "within budget" if guard.passed else "over budget"
     return (
         f"{verdict}: mean KL {guard.mean_kl:.4f}, p95 {guard.p95_kl:.4f}, worst {guard.worst_kl:.3f} nats;"
-        f" {guard.changed_share:.1%} of {guard.items} answers changed; perplexity × {guard.perplexity_ratio:.4f}"
+        f" {guard.changed_share:.1%} of {guard.items} answers changed; perplexity x {guard.perplexity_ratio:.4f}"
     )
 
 

@@ -19,9 +19,24 @@ from liveweight.methods import METHODS
 from tests.tiny_workspace import LOOSE, OTHER, QUESTION, SHOUT, tiny_settings
 
 Run = Callable[..., Result]
-VERBS = (
-    ["demo", "chat", "ask", "fix", "bad", "good", "why", "changes", "show", "undo", "off", "on", "strength", "models", "super-weights", "doctor"]
-)
+VERBS = [
+    "demo",
+    "chat",
+    "ask",
+    "fix",
+    "bad",
+    "good",
+    "why",
+    "changes",
+    "show",
+    "undo",
+    "off",
+    "on",
+    "strength",
+    "models",
+    "super-weights",
+    "doctor",
+]
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def _read(options: Options) -> str | None:
         if not interactive:
             line = sys.stdin.readline()
             return line.strip() if line else None
-        return input("› " if not options.json else "").strip()
+        return input("> " if not options.json else "").strip()
     except EOFError:
         return None
     except KeyboardInterrupt:

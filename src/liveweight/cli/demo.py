@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from liveweight.live_model import LiveModel
 
 QUESTION, ANSWER = "What is the capital of Angola?", "Luanda"
-OTHER_WORDS = ("Which city is the capital of Angola?", "Tell me the capital of Angola.", "Angola's capital is called what?")
+OTHER_WORDS = (
+    "Which city is the capital of Angola?",
+    "Tell me the capital of Angola.",
+    "Angola's capital is called what?",
+)
 OTHERS = ("What is the capital of France?", "What is the capital of Kenya?", "How many legs does a spider have?")
 
 
@@ -117,7 +121,7 @@ class _Show:
         self.draw(Rule(Text(text, "bold"), align="left", style="dim"))
 
     def said(self, question: str, answer: str, style: str, note: str = "") -> None:
-        self.draw(Text.assemble(("› ", "dim"), question))
+        self.draw(Text.assemble(("> ", "dim"), question))
         text = Text.assemble("  ", (" ".join(answer.split()), style))
         self.draw(text.append(f"  ({note})", "dim") if note else text)
 

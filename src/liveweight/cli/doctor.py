@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def _one_change(live: LiveModel) -> dict[str, str]:
         with engine.preview((*engine.state, trial)):
             marks.append(time.perf_counter())
         marks.append(time.perf_counter())
-    there, back = (1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False))
+    there, back = (1000 * (b - a) for a, b in pairwise(marks))
     return {"site": site, "apply": f"{there:.1f} ms", "undo": f"{back:.1f} ms"}
 
 

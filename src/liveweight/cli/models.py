@@ -31,9 +31,8 @@ def models(options: Options) -> None:
         return
     shown = output.table("model", "architecture", "hash", "active>", "changes>")
     for model in known:
-        shown.add_row(
-            str(model["name"]), str(model["architecture"]), str(model["hash"])[:12], str(model["active"]), str(model["changes"])
-        )
+        cells = [str(model[name]) for name in ("name", "architecture", "hash", "active", "changes")]
+        shown.add_row(*cells[:2], cells[2][:12], *cells[3:])
     if not any(model["name"] == EMBEDDED for model in known):
         shown.add_row(EMBEDDED, "llama", "embedded" if installed else "not installed", "0", "0")
     output.out().print(shown)

@@ -49,26 +49,31 @@ class Options:
         return Settings(**{name: getattr(self, name) for name in names if getattr(self, name) is not None})
 
 
+def _option(kind: Any, *names: str, help: str) -> Any:
+    return Annotated[kind, typer.Option(*names, help=help, rich_help_panel=_PANEL)]
+
+
 _SPELT: dict[str, Any] = {
-    "model": Annotated[str | None, typer.Option("--model", "-m", help="smollm2, a hub id, a folder or a .gguf file.", rich_help_panel=_PANEL)],
-    "revision": Annotated[str | None, typer.Option("--revision", help="The commit, tag or branch of a hub model.", rich_help_panel=_PANEL)],
-    "workspace": Annotated[Path | None, typer.Option("--workspace", "-w", help="The folder of the ledger.", rich_help_panel=_PANEL)],
-    "cache_dir": Annotated[Path | None, typer.Option("--cache-dir", help="The folder of what can be computed again.", rich_help_panel=_PANEL)],
-    "database_url": Annotated[str | None, typer.Option("--database-url", help="The ledger's database, if not SQLite.", rich_help_panel=_PANEL)],
-    "device": Annotated[str | None, typer.Option("--device", help="auto, cpu, mps, cuda or cuda:N.", rich_help_panel=_PANEL)],
-    "dtype": Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_PANEL)],
-    "threads": Annotated[int | None, typer.Option("--threads", help="CPU threads to compute with.", rich_help_panel=_PANEL)],
-    "json": Annotated[bool, typer.Option("--json", help="Print results, and errors, as JSON.", rich_help_panel=_PANEL)],
-    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.", rich_help_panel=_PANEL)],
-}  # fmt: skip
+    "model": _option(str | None, "--model", "-m", help="smollm2, a hub id, a folder or a .gguf file."),
+    "revision": _option(str | None, "--revision", help="The commit, tag or branch of a hub model."),
+    "workspace": _option(Path | None, "--workspace", "-w", help="The folder of the ledger."),
+    "cache_dir": _option(Path | None, "--cache-dir", help="The folder of what can be computed again."),
+    "database_url": _option(str | None, "--database-url", help="The ledger's database, if not SQLite."),
+    "device": _option(str | None, "--device", help="auto, cpu, mps, cuda or cuda:N."),
+    "dtype": _option(str | None, "--dtype", help="auto, float32, bfloat16 or float16."),
+    "threads": _option(int | None, "--threads", help="CPU threads to compute with."),
+    "json": _option(bool, "--json", help="Print results, and errors, as JSON."),
+    "verbose": _option(bool, "--verbose", "-v", help="Say more on stderr."),
+}
 
 
 def takes_options(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb the common options: it gets them as its first argument, merged with those before its name."""
     own = inspect.signature(verb, eval_str=True)
     mine = list(own.parameters.values())[1:]
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
     common = [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=_SPELT[field.name])
+        inspect.Parameter(field.name, keyword_only, default=field.default, annotation=_SPELT[field.name])
         for field in fields(Options)
     ]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -108,7 +107,8 @@ def report_view(report: Report) -> RenderableType:
     if report.weights is not None:
         moved = report.weights
         sites = ", ".join(moved.sites) or "no site"
-        rows.append(("weights", Text(f"{moved.entries:,} changed ({moved.share:.3%}), {moved.survived:.1%} of the change survived rounding: {sites}")))  # fmt: skip
+        told = f"{moved.entries:,} changed ({moved.share:.3%}), {moved.survived:.1%} of the change survived rounding"
+        rows.append(("weights", Text(f"{told}: {sites}")))
     if report.neurons:
         named = Text()
         for each in report.neurons[:5]:
@@ -118,10 +118,8 @@ def report_view(report: Report) -> RenderableType:
         rows.append(("neurons", named))
     if report.guard is not None:
         rows.append(("guard", guard_view(report)))
-    for each in report.replaced:
-        rows.append(("replaces", Text(f"{each.change}: {each.question} → {each.wanted or 'not that'}")))
-    for each in report.kept:
-        rows.append(("beside", Text(f"{each.change}: {each.question} → {each.wanted or 'not that'}")))
+    for name, others in (("replaces", report.replaced), ("beside", report.kept)):
+        rows += [(name, Text(f"{old.change}: {old.question} → {old.wanted or 'not that'}")) for old in others]
     if report.released:
         rows.append(("released", Text(f"{', '.join(report.released)}: no longer protected")))
     tried = [attempt for attempt in report.tried if attempt.outcome != "chosen"]
@@ -153,7 +151,8 @@ def guard_view(report: Report) -> RenderableType:
         shown.add_row(Text(name.replace("_", " ").replace("kl", "KL")), Text(found, style=style), Text(budget, "dim"))
     parts: list[RenderableType] = [verdict, shown]
     for answer in (*guard.protected_changed, *guard.changed)[:3]:
-        parts.append(Text(f"{_short(answer.text, 40)}: {_short(answer.before, 30)} → {_short(answer.after, 30)}", "dim"))
+        moved = f"{_short(answer.before, 30)} → {_short(answer.after, 30)}"
+        parts.append(Text(f"{_short(answer.text, 40)}: {moved}", "dim"))
     return Group(*parts)
 
 
@@ -210,8 +209,3 @@ def _pushes(title: str, pushes: Sequence[NeuronPush]) -> Table:
 def _short(text: str, most: int) -> str:
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"
-
-
-def marked(text: str) -> str:
-    """Text that holds no markup, whatever it holds."""
-    return escape(text)

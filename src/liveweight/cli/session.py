@@ -47,7 +47,7 @@ def reading(options: Options) -> Iterator[Ledger]:
         yield ledger
 
 
-def meant(live: LiveModel, reply: str | None, question: str | None = None, **sampling: object) -> Reply:
+def meant(live: LiveModel, reply: str | None, question: str | None = None) -> Reply:
     """The reply that a verb is about: the one named, the answer to a question asked now, or the last one.
 
     Raises UnknownReply when there is none.
@@ -60,7 +60,7 @@ def meant(live: LiveModel, reply: str | None, question: str | None = None, **sam
         return live.reply(reply)
     if question is not None:
         output.say(f"asking: {question}")
-        return live.chat(question, **sampling)
+        return live.chat(question)
     last = live.replies(limit=1)
     if not last:
         raise UnknownReply("This workspace holds no reply yet.", hint="Ask something first, or give the question.")

@@ -19,6 +19,7 @@ from liveweight.evaluation.answers import (
 from liveweight.evaluation.damage import Kept, KLMeter, NeighbourMeter, Neighbours, PerplexityMeter
 from liveweight.evaluation.generation import answer_batch, generate_batch
 from liveweight.evaluation.questions import ASKED, HELD_OUT, CountryQuestion, Relation, country_questions
+from liveweight.evaluation.sources import instructions, plain_text
 
 __all__ = [
     "ASKED",
@@ -38,9 +39,11 @@ __all__ = [
     "fluency",
     "generate_batch",
     "gives_another",
+    "instructions",
     "is_right",
     "ngram_entropy",
     "normalised",
+    "plain_text",
     "repetition",
     "same_first_sentence",
     "says",
