@@ -41,9 +41,11 @@ def single(rows: Sequence[Row]) -> list[Line]:
     if not rows:
         return []
     held = [each for row in rows for each in row["held_out"]]
-    neighbours = sum(row["neighbours"] for row in rows)
-    unchanged, right = (sum(row[name] for row in rows) for name in ("unchanged", "still_right"))
-    measured = [row for row in rows if "kl" in row]
+    # A change that was refused did no damage, and must not dilute that of the others.
+    done = [row for row in rows if row["state"] == "active"]
+    neighbours = sum(row["neighbours"] for row in done)
+    unchanged, right = (sum(row[name] for row in done) for name in ("unchanged", "still_right"))
+    measured = [row for row in done if "kl" in row]
     failed = [f"{row['question']} ({row['state']})" for row in rows if row["state"] != "active"]
     by_method: dict[str, int] = {}
     for row in rows:
@@ -63,13 +65,18 @@ def single(rows: Sequence[Row]) -> list[Line]:
             Line("its largest in one case", "", f"{max(row['kl'] for row in measured):.5f}", None),
             Line(f"perplexity ratio on plain text ({where})", "≤ 1.005", f"{ratio:.5f}", ratio <= 1.005),
         ]
-    done = [row for row in rows if "propose" in row]
     if done:
         propose, wall = (median(row[name] for row in done) for name in ("propose", "wall"))
         lines += [
-            Line("seconds to the proposed change, median", "≤ 3", f"{propose:.2f}", propose <= 3),
-            Line("seconds with the full guard and commit, median", "≤ 10", f"{wall:.2f}", wall <= 10),
+            Line("seconds to the proposed change, median of committed fixes", "≤ 3", f"{propose:.2f}", propose <= 3),
+            Line(
+                "seconds with the full guard and commit, median of committed fixes", "≤ 10", f"{wall:.2f}", wall <= 10
+            ),
         ]
+    walls = [row["wall"] for row in rows]
+    lines.append(
+        Line("the same, refused cases too: median / slowest", "", f"{median(walls):.2f} / {max(walls):.2f}", None)
+    )
     methods = ", ".join(f"{name} {count}" for name, count in sorted(by_method.items(), key=lambda pair: -pair[1]))
     lines.append(Line("methods that `auto` chose", "", methods, None))
     if failed:
@@ -86,13 +93,17 @@ def against_lora(rows: Sequence[Row], loras: Sequence[Row]) -> list[Line]:
     seconds = median(row["seconds"] for row in loras)
     right, held = [row["right"] for row in loras], [each for row in loras for each in row["held_out"]]
     said = f"{seconds:.2f} s; asked {percent(right)}; in other wordings {percent(held)}"
-    lines = [Line(f"PEFT LoRA, {len(loras)} cases", "", said, None)]
-    ours = [row for row in ours if "propose" in row]
-    if ours:
-        mine = median(row["propose"] for row in ours)
+    contexts = "/".join(str(number) for number in sorted({row["contexts"] for row in loras}))
+    lines = [Line(f"PEFT LoRA, {len(loras)} cases, {contexts} contexts each", "", said, None)]
+    timed = [row["propose"] for row in ours if row["state"] == "active"]
+    if timed:
+        mine = median(timed)
         asked, others = [row["right"] for row in ours], [each for row in ours for each in row["held_out"]]
         said = f"{mine:.2f} s; asked {percent(asked)}; in other wordings {percent(others)}"
-        as_right = sum(others) / len(others) >= sum(held) / len(held)
+        # Both run every case on the same questions, so that shares compare as means.
+        as_right = all(
+            sum(own) / len(own) >= sum(other) / len(other) for own, other in ((asked, right), (others, held))
+        )
         lines += [
             Line(f"our proposal, {len(ours)} of the same cases", "", said, None),
             Line(
@@ -133,14 +144,16 @@ def bad(rows: Sequence[Row]) -> list[Line]:
     """Judged bad, without a right answer."""
     if not rows:
         return []
-    everything = [each for row in rows for each in row["another"]]
+    # Other wordings may get another answer by themselves: where nothing was changed, nothing counts as reached.
+    given = [[each and row["state"] == "active" for each in row["another"]] for row in rows]
+    before_others = [each for row in rows for each in row["another_before"][1:]]
     babble = [each for row in rows for each in row["babble"]]
     before = [each for row in rows for each in row["babble_before"]]
     fluencies = [median(each for row in rows for each in row[name]) for name in ("fluency", "fluency_before")]
     return [
-        share("`bad`: another answer to the question asked", [row["another"][0] for row in rows], 0.90),
-        share("and in 3 wordings too", [each for row in rows for each in row["another"][1:]], 0.90),
-        share("all of these replies", everything, None),
+        share("`bad`: another answer to the question asked", [each[0] for each in given], 0.90),
+        share("and in 3 wordings too", [each for row in given for each in row[1:]], 0.90),
+        share("another than the rejected answer in those wordings before", before_others, None),
         Line("babble among these replies", "≤ 2 %", percent(babble), sum(babble) <= 0.02 * len(babble)),
         Line("babble before, same questions", "", percent(before), None),
         Line("fluency, median, after / before", "", f"{fluencies[0]:.0f} / {fluencies[1]:.0f}", None),
@@ -155,7 +168,7 @@ def share(what: str, held: Iterable[bool], target: float | None) -> Line:
 
 def share_of(what: str, count: int, total: int, target: float | None) -> Line:
     """A line of a share of a count."""
-    reached = None if target is None else count >= target * total
+    reached = None if target is None else total > 0 and count >= target * total
     return Line(
         what, "" if target is None else f"≥ {target:.0%}", f"{count / max(total, 1):.1%} ({count} of {total})", reached
     )

@@ -84,6 +84,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=5, metavar="K", help="measure KL and perplexity on each K-th case")
     parser.add_argument("--text-tokens", type=int, default=4096, metavar="N", help="tokens of plain text")
     parser.add_argument("--lora-rate", type=float, default=1e-3, help="Adam's rate for PEFT's LoRA")
+    parser.add_argument("--lora-contexts", type=int, default=None, metavar="N", help="contexts for LoRA; unset is all")
     parser.add_argument("--only", default=",".join(PHASES), help=f"parts to run, of {', '.join((*PHASES, *ALIASES))}")
     parser.add_argument("--json", type=Path, default=Path("fixes.json"), help="where every case is written")
     parser.add_argument("--markdown", type=Path, default=None, help="where the table is written, too")
@@ -179,8 +180,10 @@ def lora(
     for _, asked in steps("PEFT LoRA", wrong[:LORAS], records.rows("lora")):
         reply = live.chat(asked.question, max_tokens=TOKENS)
         case = case_of(live, reply, asked)
-        with trained(live.engine, case.contexts, rate=options.lora_rate) as run:
+        contexts = case.contexts[: options.lora_contexts]
+        with trained(live.engine, contexts, rate=options.lora_rate) as run:
             row = {"question": asked.question, "seconds": run.seconds, "steps": run.steps, "reached": run.reached}
+            row["contexts"] = len(contexts)
             row |= answers_to(live, asked)
         records.add("lora", row)
 
@@ -264,6 +267,7 @@ def bad(
             "before": reply.text,
             "texts": texts,
             "another": [gives_another(asked.question, reply.text, text) for text in texts],
+            "another_before": [gives_another(asked.question, reply.text, text) for text in before],
             "babble": [babbles(text) for text in texts],
             "babble_before": [babbles(text) for text in before],
             "fluency": [fluency(text) for text in texts],

@@ -32,6 +32,7 @@ def change_without_end(pipe: Connection, root: Path, seed: int) -> None:
 
 def interrupted(pipe: Connection, root: Path, seed: int) -> None:
     """Make changes, interrupted by Ctrl-C at some instant; send whether weights and ledger agree after each."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a server of forks ignores it, and so do its children
     torch.set_num_threads(1)
     add_shout()
     chance = random.Random(seed)
@@ -39,17 +40,19 @@ def interrupted(pipe: Connection, root: Path, seed: int) -> None:
         live.chat(QUESTION)
         hits = 0
         for _ in range(12):
-            timer = threading.Timer(chance.random() * 0.35, signal.raise_signal, [signal.SIGINT])
-            timer.start()
+            caught = threading.Event()
+            hand = threading.Thread(target=_press_ctrl_c, args=(caught, chance.random() * 0.35))
             try:
+                hand.start()
                 while True:
                     try:
                         _one_step(live, chance)
                     except LiveweightError:
                         continue
             except KeyboardInterrupt:
+                caught.set()
                 hits += 1
-            timer.join()
+            hand.join()
             agrees = live.engine.state == live.ledger.state(live.engine.info.hash)
             half_made = live.ledger.changes(live.engine.info.hash, states=["intended"])
             now = live.fingerprints()
@@ -58,6 +61,13 @@ def interrupted(pipe: Connection, root: Path, seed: int) -> None:
             pipe.send((agrees, half_made == [], now == live.fingerprints()))
         live.engine.become(())
         pipe.send(("base", live.fingerprints(), hits))
+
+
+def _press_ctrl_c(caught: threading.Event, delay: float) -> None:
+    """Press it, and again where Python lost it: an interrupt inside a destructor is only printed."""
+    while not caught.wait(delay):
+        signal.raise_signal(signal.SIGINT)
+        delay = 5.0
 
 
 def _one_step(live: LiveModel, chance: random.Random) -> None:

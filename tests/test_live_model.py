@@ -299,23 +299,25 @@ def test_the_second_start_is_in_the_state_that_the_first_left(tmp_path: Path) ->
 
 def test_threads_may_judge_and_chat_at_once(live: LiveModel) -> None:
     live.chat(QUESTION)
-    errors: list[BaseException] = []
+    outcomes: list[object] = []
 
     def work(letter: str) -> None:
         try:
-            live.fix("r1", letter, keep_both=True)
+            outcomes.append(live.fix("r1", letter, keep_both=True).state)
             live.chat(OTHER)
         except BaseException as error:
-            errors.append(error)
+            outcomes.append(error)
 
     threads = [threading.Thread(target=work, args=(letter,)) for letter in "xyz"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert errors == []
+    # On top of another letter this method may find no way; whoever comes first does.
+    assert all(outcome == "active" or isinstance(outcome, NoMendFound) for outcome in outcomes)
+    assert len(outcomes) == 3 and "active" in outcomes
     assert live.engine.state == live.ledger.state(live.engine.info.hash)
-    assert [change.state for change in live.changes()] == ["active"] * 3
+    assert len(live.changes()) == outcomes.count("active")
 
 
 def test_ctrl_c_at_any_instant_leaves_weights_and_ledger_whole(tmp_path: Path) -> None:

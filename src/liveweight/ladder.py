@@ -93,11 +93,12 @@ def climb(
 ) -> Climb:
     """Ask each method in turn, on top of the engine's present state, and take the first that works within budget.
 
-    A candidate that works is screened on a few probes, and measured on all of them once it has passed. Raises
-    NoMendFound when no method found a candidate that works.
+    A candidate that works is screened on a few probes, and measured on all of them unless those few alone break the
+    budget of all. Raises NoMendFound when no method found a candidate that works.
     """
     tried: list[Attempt] = []
     refused: Found | None = None
+    best: tuple[bool, int, float] | None = None
     for name in names:
         start = time.perf_counter()
 
@@ -122,15 +123,17 @@ def climb(
         say(f"{name}: measuring what else would change")
         with phases.of("guard"):
             measured = guard.screen(candidate, case.question)
-            if measured.passed:
+            whole = not _certain_to_fail(guard, measured)
+            if whole:
                 measured = _measure(guard, candidate, limits)
         found = Found(name, adjustment, measured)
-        if measured.passed:
+        if whole and measured.passed:
             note("chosen", "It works within the guard's budget.")
             return Climb(found, None, tuple(tried))
         note("refused", " ".join(measured.reasons) or "Over the guard's budget.")
-        if refused is None or measured.mean_kl < refused.guard.mean_kl:
-            refused = found
+        rank = (not whole, len(measured.reasons), measured.mean_kl)  # a few near probes look worse than all of them
+        if best is None or rank < best:
+            refused, best = found, rank
     if refused is None:
         raise _none_works(case, tried)
     return Climb(None, _fully_measured(engine, guard, refused, limits, phases), tuple(tried))
@@ -141,6 +144,20 @@ def _fully_measured(engine: TransformersEngine, guard: Guard, found: Found, limi
     with phases.of("guard"):
         candidate = (*engine.state, Active(found.adjustment))
         return Found(found.method, found.adjustment, _measure(guard, candidate, limits))
+
+
+def _certain_to_fail(guard: Guard, few: GuardReport) -> bool:
+    """Whether a few probes alone move so much that all of them together must be over budget.
+
+    The few are those nearest to the question, so their mean says nothing of the whole set's, but their sum does.
+    """
+    share = few.items / max(len(guard.probes.chats), few.items, 1)
+    return (
+        few.mean_kl * share > few.budget["mean_kl"]
+        or few.changed_share * share > few.budget["changed_share"]
+        or few.worst_kl > few.budget["worst_kl"]
+        or bool(few.protected_changed)
+    )
 
 
 def _measure(guard: Guard, candidate: State, limits: Limits) -> GuardReport:

@@ -87,9 +87,7 @@ class MethodSettings(_Group):
     max_contexts: int = Field(
         default=4, ge=1, description="The most contexts of a question that a method optimises on."
     )
-    max_neurons: int = Field(
-        default=256, ge=1, description="The most neurons that select, scale and gain may change."
-    )
+    max_neurons: int = Field(default=256, ge=1, description="The most neurons that select, scale and gain may change.")
     form: Literal["unit", "path"] = Field(
         default="unit", description="Whether scale changes what neurons write or the paths between them."
     )

@@ -99,7 +99,7 @@ class Guard:
 
     def screen(self, after: State, question: str, *, protected: Sequence[ProtectedItem] = ()) -> GuardReport:
         """The same on the few probes that are most like `question`: quick, for use inside a search."""
-        rows = self._reference(True)
+        rows = self._reference(False)
         near = {probe.id for probe in self.probes.screen(question, self.settings.screen_items)}
         chosen = [i for i, row in enumerate(rows) if row.probe and row.probe.id in near]
         return self._compare(after, chosen, protected[-8:], False)
@@ -175,26 +175,42 @@ class Guard:
                 task = bar.add_task("Measuring what else would change", total=len(missing))
                 for batch in _batches(missing, rows):
                     with self.engine.preview(state), torch.inference_mode():
-                        final = self._run([rows[i] for i in batch], layer, [inputs[i] for i in batch])
-                        for i, hidden in zip(batch, final, strict=True):
-                            known[rows[i].probe.id] = self._judge(rows[i], hidden, self._final[i])  # type: ignore[union-attr]
+                        some = [rows[i] for i in batch]
+                        final = list(self._run(some, layer, [inputs[i] for i in batch]))
+                        judged = self._judge(some, final, [self._final[i] for i in batch])
+                        known.update({row.probe.id: seen for row, seen in zip(some, judged, strict=True)})  # type: ignore[union-attr]
                     bar.advance(task, len(batch))
             self._remember(key, known)
         return {i: known[rows[i].probe.id] for i in chosen}  # type: ignore[union-attr]
 
-    def _judge(self, row: _Row, hidden: Tensor, base: Tensor | None) -> _Seen:
-        """Compare what left the final norm, (T, width), with the base's; called inside a preview."""
-        target = torch.tensor(row.tokens[row.start :], device=hidden.device)
-        kl, nll, said = 0.0, 0.0, []
-        for start in range(0, len(target), _POSITIONS):
+    def _judge(self, rows: Sequence[_Row], finals: Sequence[Tensor], bases: Sequence[Tensor | None]) -> list[_Seen]:
+        """Compare what left the final norm, a row (T, width), with the base's; called inside a preview.
+
+        All rows' positions go through the unembedding together: row by row, the table would be read for a few
+        positions at a time.
+        """
+        lengths = [len(final) for final in finals]
+        hidden = torch.cat(list(finals))
+        target = torch.tensor([token for row in rows for token in row.tokens[row.start :]], device=hidden.device)
+        chats = [
+            bool(row.probe and row.probe.is_chat) and base is not None for row, base in zip(rows, bases, strict=True)
+        ]
+        compared = torch.tensor([chat for chat, length in zip(chats, lengths, strict=True) for _ in range(length)])
+        old_hidden = torch.cat([h if base is None else base.to(h) for h, base in zip(finals, bases, strict=True)])
+        kl, nll, said = torch.zeros(len(hidden)), torch.zeros(len(hidden)), torch.zeros(len(hidden), dtype=torch.int64)
+        for start in range(0, len(hidden), _POSITIONS):
             part = slice(start, start + _POSITIONS)
             live = self.engine.unembed(hidden[part]).float().log_softmax(-1)
-            nll -= float(live.gather(1, target[part, None]).sum())
-            said += live.argmax(-1).tolist()
-            if base is not None and row.probe is not None and row.probe.is_chat:
-                old = self._base_logprobs(base[part].to(hidden.device))
-                kl += float((old.exp() * (old - live)).sum())
-        return _Seen(max(kl, 0.0) / len(target), nll, tuple(said))
+            nll[part] = -live.gather(1, target[part, None])[:, 0].cpu()
+            said[part] = live.argmax(-1).cpu()
+            if bool(compared[part].any()):
+                old = self._base_logprobs(old_hidden[part])
+                kl[part] = (old.exp() * (old - live)).sum(-1).cpu() * compared[part]
+        kls, nlls, saids = kl.split(lengths), nll.split(lengths), said.split(lengths)
+        return [
+            _Seen(max(float(k.mean()), 0.0), float(n.sum()), tuple(a.tolist()))
+            for k, n, a in zip(kls, nlls, saids, strict=True)
+        ]
 
     def _base_logprobs(self, hidden: Tensor) -> Tensor:
         """(T, vocabulary) log-probabilities under the base's own unembedding, whatever is active."""
@@ -229,8 +245,9 @@ class Guard:
             seen = []
             for state in (now, after):
                 with self.engine.preview(state), torch.inference_mode():
-                    final = self._run([rows[i] for i in batch], layer, inputs)
-                    seen.append([self._judge(rows[i], h, None) for i, h in zip(batch, final, strict=True)])
+                    some = [rows[i] for i in batch]
+                    final = list(self._run(some, layer, inputs))
+                    seen.append(self._judge(some, final, [None] * len(some)))
             for i, old, new in zip(batch, *seen, strict=True):
                 if self._answer(old, rows[i]) != self._answer(new, rows[i]):
                     broken.append(self._changed(rows[i], old, new))

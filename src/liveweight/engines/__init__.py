@@ -1,0 +1,1 @@
+"""What runs the model, behind one protocol."""
