@@ -31,7 +31,7 @@ from liveweight.guard.probe_set import Probe, ProbeSet, load_probes
 from liveweight.settings import GuardSettings
 
 _ROWS = 24  # sequences of one batch
-_POSITIONS = 128  # positions whose whole distributions are compared at once
+_POSITIONS = 256  # positions whose whole distributions are compared at once
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Guard:
             if bool(compared[part].any()):
                 old = self._base_logprobs(old_hidden[part])
                 kl[part] = (old.exp() * (old - live)).sum(-1).cpu() * compared[part]
-        kls, nlls, saids = kl.split(lengths), nll.split(lengths), said.split(lengths)
+        kls, nlls, saids = (torch.split(each, lengths) for each in (kl, nll, said))
         return [
             _Seen(max(float(k.mean()), 0.0), float(n.sum()), tuple(a.tolist()))
             for k, n, a in zip(kls, nlls, saids, strict=True)
