@@ -32,7 +32,7 @@ from liveweight.settings import MethodSettings
 
 DEPTH = 0.77  # relative depth of the first layer that is patched: late enough to know what is about to be said
 SPREAD = 3  # layers over which patches are spread, so that none loses many neurons
-OPEN, SHUT = 1.2, 0.8  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
+OPEN, SHUT = 0.8, 1.2  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
 STEEPNESS = 12.0  # the gate's scale: act(-12) is nothing
 NEAR = 0.5  # weight of the case's own neighbours beside everyday chats
 DUE = 20.0  # weight of the places where the neuron is to be open
