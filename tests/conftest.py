@@ -13,6 +13,11 @@ import pytest
 if TYPE_CHECKING:
     from liveweight.engines.model_source import LoadedModel
 
+# Workers side by side with two threads each would wait for one another at every small product. Read by torch when it
+# is imported, which no conftest does.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Set by .ci/run: what cannot run there is a failure, not a skip.
 NO_SKIP = os.environ.get("LIVEWEIGHT_TEST_NO_SKIP") == "1"
 
