@@ -67,7 +67,7 @@ def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def full_cache(model: PreTrainedModel) -> DynamicCache:
+def full_cache() -> DynamicCache:
     """An empty cache that keeps everything, sliding windows too: masks say what is seen, not the cache."""
     return DynamicCache()
 
@@ -143,7 +143,7 @@ def record(
     shared = 0
     while shared < min(starts) - 1 and len({row[shared] for row in sequences}) == 1:
         shared += 1
-    cache = full_cache(model)
+    cache = full_cache()
     if shared:
         model.base_model(input_ids=torch.tensor([sequences[0][:shared]], device=device), past_key_values=cache)
         cache.batch_repeat_interleave(count)

@@ -235,7 +235,7 @@ class TransformersEngine:
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
         seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
-        cache, made, done = full_cache(self.model), [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        cache, made, done = full_cache(), [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
         ends = torch.tensor(sorted(self.format.end_tokens), device=device)
         with self.gate.step(), self.activations.prompt([len(p) for p in prompts]), torch.inference_mode():
             for _ in range(tokens):
