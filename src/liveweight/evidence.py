@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liveweight.adjustments import Active, Adjustment, Clamp, Dense, Entries, Gain, LowRank, ScaleNeurons, State
-from liveweight.engines.base import Message, Sampling
+from liveweight.engines.base import Message, Sampling, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import Unsupported
 from liveweight.ledger import Key
@@ -44,13 +44,23 @@ def prompt_hash(messages: Sequence[Message]) -> str:
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def answer_under(engine: TransformersEngine, state: State, prompt: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """The greedy answer to a prompt under a state, its text and its tokens without the one that ends it."""
+def answer_under(
+    engine: TransformersEngine, state: State, prompt: Sequence[int], draft: Sequence[int] = ()
+) -> tuple[str, tuple[int, ...]]:
+    """The greedy answer to a prompt under a state, its text and its tokens without the one that ends it.
+
+    `draft` is a guess: as far as it is right it is read in one pass instead of being generated.
+    """
     with engine.preview(state):
-        tokens = list(engine.continue_from(prompt, Sampling(max_tokens=_AFTER_TOKENS)))
-    text = "".join(token.text for token in tokens).strip()
-    ids = tuple(token.id for token in tokens if token.id not in engine.format.end_tokens)
-    return (f"{text}…" if tokens and tokens[-1].finish == "length" else text), ids
+        right = 0
+        if draft:
+            score = engine.score([ScoreItem(tuple(prompt), tuple(draft[: _AFTER_TOKENS - 1]))])[0]
+            right = int((score.argmax == score.tokens).long().cumprod(0).sum())
+        accepted = list(draft[:right])
+        tokens = list(engine.continue_from([*prompt, *accepted], Sampling(max_tokens=_AFTER_TOKENS - right)))
+    ids = [*accepted, *(token.id for token in tokens if token.id not in engine.format.end_tokens)]
+    text = engine.format.decode(ids).strip()
+    return (f"{text}…" if tokens and tokens[-1].finish == "length" else text), tuple(ids)
 
 
 def probe(engine: TransformersEngine, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:

@@ -120,6 +120,10 @@ class Judge:
 
     def judge(self, said: Judgement, options: Options) -> Change:
         """Carry a judgement out. Raises what `LiveModel.fix` says."""
+        with self._engine.remembering():
+            return self._judged(said, options)
+
+    def _judged(self, said: Judgement, options: Options) -> Change:
         phases = Phases()
         names = rungs(said.kind, options.method, self._settings.methods)
         with phases.of("case"):
@@ -214,7 +218,7 @@ class Judge:
         candidate = (*self._engine.state, Active(best.adjustment))
         self._say("writing the report")
         with work.phases.of("report"):
-            after, _ = answer_under(self._engine, candidate, work.prompt)
+            after, _ = answer_under(self._engine, candidate, work.prompt, work.case.contexts[0].target)
             neurons = touched_neurons(self._engine, best.adjustment)
             weights = moved(self._engine, best.adjustment)
         named = tuple(Replaced(change=c.label, question=c.question, wanted=c.wanted) for c in work.conflicts)
@@ -309,7 +313,7 @@ class Judge:
         return NoEffect(reason, hint="Try another method, or a model in float32.", change=change.label)
 
     def _protect_answer(self, work: _Work, change: Record, feedback: int | None) -> None:
-        _, tokens = answer_under(self._engine, self._engine.state, work.prompt)
+        _, tokens = answer_under(self._engine, self._engine.state, work.prompt, work.case.contexts[0].target)
         text = self._engine.format.decode(tokens)
         self._ledger.protect(self._model, work.said.reply.prompt, text, tokens, feedback=feedback, change=change.id)
 

@@ -167,7 +167,8 @@ def _entries(op: Entries, strength: float, sites: ModelSites) -> Contribution:
 
 
 def _replace_neurons(op: ReplaceNeurons, strength: float, sites: ModelSites) -> Iterator[Contribution]:
-    sites.check_neurons(op.layer, op.neurons, op.expert)
+    spare = sites.spare_of(op.layer) if op.expert is None else 0
+    sites.check_neurons(op.layer, op.neurons, op.expert, spare)
     if op.up.shape[1] != sites.width:
         raise InvalidInput(
             f"The new neurons have up {tuple(op.up.shape)} and down {tuple(op.down.shape)}; this {sites.architecture} "
@@ -185,21 +186,31 @@ def _replace_neurons(op: ReplaceNeurons, strength: float, sites: ModelSites) -> 
             f"of the shape {tuple(op.gate.shape)}.",
             hint="Leave the gate out.",
         )
-    up, down = (sites.mlp_part(op.layer, part, op.expert) for part in ("up", "down"))
-    bias = up.removesuffix("weight") + "bias"
+    bias = sites.mlp_part(op.layer, "up", op.expert).removesuffix("weight") + "bias"
     if op.bias is not None and not sites.has_weight(bias):
         raise UnknownSite(
             f"There is no site {bias!r} in this {sites.architecture} model for the new neurons' biases "
             f"{tuple(op.bias.shape)}.",
             hint="Leave the bias out.",
         )
-    rows = region("rows", op.neurons)
-    if op.gate is not None:
-        yield Contribution(sites.mlp_part(op.layer, "gate", op.expert), rows, _become(op.gate))
-    yield Contribution(up, rows, _become(op.up))
-    if op.bias is not None:
-        yield Contribution(bias, rows, _become(op.bias))
-    yield Contribution(down, region("columns", op.neurons), _become(op.down, strength))
+    own = sites.neurons_of(op.layer)
+    for is_spare in (False, True):
+        places = [place for place, neuron in enumerate(op.neurons) if (neuron >= own) == is_spare]
+        if not places:
+            continue
+        numbers = region("rows", [op.neurons[place] - own * is_spare for place in places])
+
+        def site(part: str, is_spare: bool = is_spare) -> str:
+            found = sites.mlp_part(op.layer, part, op.expert)
+            return found.replace(".mlp.", ".mlp.spare.") if is_spare else found
+
+        if op.gate is not None:
+            yield Contribution(site("gate"), numbers, _become(op.gate[places]))
+        yield Contribution(site("up"), numbers, _become(op.up[places]))
+        if op.bias is not None:
+            yield Contribution(site("up").removesuffix("weight") + "bias", numbers, _become(op.bias[places]))
+        columns = Region("columns", numbers.index)
+        yield Contribution(site("down"), columns, _become(op.down[:, places], strength))
 
 
 def _need_shape(site: str, shape: tuple[int, ...], sites: ModelSites) -> None:

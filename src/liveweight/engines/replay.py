@@ -21,39 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from liveweight.engines.prefix_tree import Branches, FixedCache, KeysAndValues, PrefixTree
 from liveweight.errors import Unsupported
 from liveweight.sites import ModelSites
 
 
-class FixedCache(DynamicCache):
-    """Keys and values that are read and never added to: the same past for every replay."""
-
-    def __init__(self, model: PreTrainedModel, filled: DynamicCache, rows: int) -> None:
-        """Take over what `filled` holds, spread over `rows` rows."""
-        super().__init__(config=model.config)
-        self._past = [
-            (keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in keys_and_values(filled)
-        ]
-        self._length = self._past[0][0].shape[-2]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The past with the new keys and values behind it, (rows, heads, past + new, size); nothing is kept."""
-        keys, values = self._past[layer_idx]
-        return torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The past's length."""
-        return self._length
-
-    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        """How long the keys are, and where they begin."""
-        new = query_length if isinstance(query_length, int) else int(query_length.shape[0])
-        return self._length + new, 0
-
-
-def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def keys_and_values(cache: DynamicCache) -> KeysAndValues:
     """What a cache holds, a layer: keys and values, (rows, kv_heads, length, head_dim). Raises Unsupported."""
     found = []
     for layer in cache.layers:
@@ -114,6 +87,18 @@ class Replay:
 def unembed(model: PreTrainedModel, sites: ModelSites, final: Tensor) -> Tensor:
     """Logits (…, vocabulary) of what leaves the final norm, softcapped where the model does that."""
     logits: Tensor = sites.lm_head(final)
+    return _scaled(model, logits)
+
+
+def unembed_tokens(model: PreTrainedModel, sites: ModelSites, final: Tensor, tokens: Tensor) -> Tensor:
+    """Logits (N, k) of some tokens (N, k) behind `final` (N, width)."""
+    logits = torch.einsum("nd,nkd->nk", final, sites.weight("lm_head.weight").parameter.detach()[tokens])
+    if sites.has_weight("lm_head.bias"):
+        logits = logits + sites.weight("lm_head.bias").parameter.detach()[tokens]
+    return _scaled(model, logits)
+
+
+def _scaled(model: PreTrainedModel, logits: Tensor) -> Tensor:
     cap = getattr(model.config, "final_logit_softcapping", None)
     if cap:
         logits = torch.tanh(logits / cap) * cap
@@ -130,9 +115,10 @@ def record(
     layers: Sequence[int] = (),
     neurons: Sequence[int] = (),
     mlp_inputs: Sequence[int] = (),
+    tree: PrefixTree | None = None,
     pad: int = 0,
 ) -> Replay:
-    """Run a batch once and keep what a replay needs.
+    """Run a batch once and keep what a replay needs; what stands before the suffixes comes from `tree`, if given.
 
     `rows` are whole token sequences, `starts` where each one's suffix begins (at least 1); the inputs of the blocks in
     `layers`, the neurons of the layers in `neurons` and what the MLPs in `mlp_inputs` read are kept.
@@ -140,24 +126,13 @@ def record(
     sequences = [list(row) for row in rows]
     device = next(model.parameters()).device
     count = len(sequences)
-    shared = 0
-    while shared < min(starts) - 1 and len({row[shared] for row in sequences}) == 1:
-        shared += 1
-    cache = full_cache()
-    if shared:
-        model.base_model(input_ids=torch.tensor([sequences[0][:shared]], device=device), past_key_values=cache)
-        cache.batch_repeat_interleave(count)
-    middles = [row[shared:start] for row, start in zip(sequences, starts, strict=True)]
-    widest = max(map(len, middles))
-    seen = torch.tensor([[1] * shared + [0] * (widest - len(m)) + [1] * len(m) for m in middles], device=device)
-    middle_ids = torch.tensor([[pad] * (widest - len(m)) + m for m in middles], device=device)
-    positions = (seen.cumsum(1) - 1)[:, shared:].clamp(min=0)
-    model.base_model(input_ids=middle_ids, past_key_values=cache, attention_mask=seen, position_ids=positions)
+    past, seen = _past(model, sequences, starts, tree, pad)
+    real = torch.tensor(seen, device=device)
 
     suffixes = [row[start:] for row, start in zip(sequences, starts, strict=True)]
     longest = max(map(len, suffixes))
     ids = torch.tensor([suffix + [pad] * (longest - len(suffix)) for suffix in suffixes], device=device)
-    seen = torch.cat((seen, seen.new_ones(count, longest)), dim=1)
+    real = torch.cat((real, real.new_ones(count, longest)), dim=1)
     positions = torch.stack([torch.arange(start, start + longest, device=device) for start in starts])
     replay = Replay(model, sites, sequences, list(starts), ids, torch.empty(0), {}, {})
 
@@ -185,8 +160,8 @@ def record(
     try:
         output = model.base_model(
             input_ids=ids,
-            past_key_values=FixedCache(model, cache, count),
-            attention_mask=seen,
+            past_key_values=FixedCache(model, past),
+            attention_mask=real,
             position_ids=positions,
         )
     finally:
@@ -194,6 +169,30 @@ def record(
             hook.remove()
     replay.final = output.last_hidden_state
     return replay
+
+
+def _past(
+    model: PreTrainedModel, rows: list[list[int]], starts: Sequence[int], tree: PrefixTree | None, pad: int
+) -> tuple[KeysAndValues, list[list[int]]]:
+    """Keys and values before each suffix, and which of them count, (rows, length)."""
+    if tree is not None:
+        return tree.past(tree.extend([row[:start] for row, start in zip(rows, starts, strict=True)]))
+    device = next(model.parameters()).device
+    shared = 0
+    while shared < min(starts) - 1 and len({row[shared] for row in rows}) == 1:
+        shared += 1
+    cache = full_cache()
+    if shared:
+        model.base_model(input_ids=torch.tensor([rows[0][:shared]], device=device), past_key_values=cache)
+        cache.batch_repeat_interleave(len(rows))
+    middles = [row[shared:start] for row, start in zip(rows, starts, strict=True)]
+    widest = max(map(len, middles))
+    seen = [[1] * shared + [0] * (widest - len(middle)) + [1] * len(middle) for middle in middles]
+    real = torch.tensor(seen, device=device)
+    ids = torch.tensor([[pad] * (widest - len(middle)) + middle for middle in middles], device=device)
+    positions = (real.cumsum(1) - 1)[:, shared:].clamp(min=0)
+    model.base_model(input_ids=ids, past_key_values=cache, attention_mask=real, position_ids=positions)
+    return keys_and_values(cache), seen
 
 
 def run_whole(
@@ -204,25 +203,23 @@ def run_whole(
     layer: int = 0,
     inputs: Sequence[Tensor] | None = None,
     keep: int | None = None,
-    pad: int = 0,
-) -> tuple[Tensor, list[Tensor]]:
-    """Run whole sequences, padded on the right: all blocks, or, with `inputs`, only those from `layer` up.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run whole sequences as one packed tree: all blocks, or, with `inputs`, only those from `layer` up.
 
     `inputs` are what the block `layer` was given for each row, (T, width), as an earlier call with `keep=layer`
-    returned them. Returns what leaves the final norm, (B, T, width), and each row's input to the block `keep`.
+    returned them. Returns, a row, what leaves the final norm and the input to the block `keep`, (T, width).
     """
+    branches = Branches(model)
+    paths = [branches.add(row) for row in rows]
     device = next(model.parameters()).device
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=device)
-    kept: list[Tensor] = []
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    given: list[Tensor] = []
 
     def before(index: int) -> Any:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
             calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
             if index == keep:
-                kept.extend(hidden[row, : len(tokens)].clone() for row, tokens in enumerate(rows))
+                given.append((args[0] if args else kwargs["hidden_states"])[0])
 
         return look
 
@@ -233,13 +230,21 @@ def run_whole(
                 # The blocks' arguments are wanted here, not their work: each hands on what it got.
                 block.forward = lambda hidden_states, *args, **kwargs: hidden_states
                 undo.callback(delattr, block, "forward")
-        output = model.base_model(input_ids=ids, use_cache=False)
-    if inputs is None:
-        return output.last_hidden_state, kept
-    hidden = torch.stack([torch.cat((row, row.new_zeros(longest - len(row), row.shape[1]))) for row in inputs])
-    hidden = hidden.to(device)
-    for index in range(layer, len(sites.blocks)):
-        args, kwargs = calls[index]
-        result = sites.blocks[index](hidden, *args, **kwargs)
-        hidden = result[0] if isinstance(result, tuple) else result
-    return sites.final_norm(hidden), kept
+        output = model.base_model(
+            input_ids=torch.tensor([branches.tokens], device=device),
+            attention_mask=branches.mask(0, len(branches), ()),
+            position_ids=torch.tensor([branches.depths], device=device),
+            use_cache=False,
+        )
+    final = output.last_hidden_state[0]
+    if inputs is not None:
+        hidden = inputs[0].new_zeros(1, len(branches), inputs[0].shape[1])
+        for row, path in zip(inputs, paths, strict=True):
+            hidden[0, path] = row  # where rows share a token, they were given the same there
+        hidden = hidden.to(device)
+        for index in range(layer, len(sites.blocks)):
+            args, kwargs = calls[index]
+            result = sites.blocks[index](hidden, *args, **kwargs)
+            hidden = result[0] if isinstance(result, tuple) else result
+        final = sites.final_norm(hidden)[0]
+    return [final[path] for path in paths], [given[0][path] for path in paths] if given else []

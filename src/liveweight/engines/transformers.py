@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import DynamicCache
 
 from liveweight.adjustments import ActivationState, Active, State, WeightState, state_hash
 from liveweight.engines.base import Message, ModelInfo, Objective, Sampling, Score, ScoreItem, Token, Trace, Version
@@ -22,30 +23,43 @@ from liveweight.engines.chat_format import ChatFormat, TextStream
 from liveweight.engines.decoding import Decoder, DirectDecoder, chunks, decoder
 from liveweight.engines.gate import Gate, GateMode
 from liveweight.engines.model_source import LoadedModel
-from liveweight.engines.replay import Replay, full_cache, record, unembed
+from liveweight.engines.prefix_tree import PrefixTree
+from liveweight.engines.replay import Replay, full_cache, record, unembed, unembed_tokens
 from liveweight.errors import InvalidInput
-from liveweight.sites import model_sites
+from liveweight.sites import SPARE, model_sites, patchable_layers, with_spare_neurons
 
-_ROWS = 32  # sequences of one scoring batch
+_ROWS = 64  # sequences of one scoring batch
+_POSITIONS = 64  # positions whose logits are looked at together
+_REMEMBERED = 4096  # tokens of one state that are kept while remembering
 
 
 class TransformersEngine:
     """Runs one model and makes it be the state it is told. Safe to use from several threads."""
 
     def __init__(
-        self, loaded: LoadedModel, *, gate: GateMode = "refresh", system: str | None = None, threads: int | None = None
+        self,
+        loaded: LoadedModel,
+        *,
+        gate: GateMode = "refresh",
+        system: str | None = None,
+        threads: int | None = None,
+        spare_neurons: int = SPARE,
     ) -> None:
-        """Take the model as the base. `system` is the system prompt of chats without one."""
+        """Take the model, grown by some spare neurons, as the base. `system` is the system prompt of chats without one.
+
+        `spare_neurons` are the new ones of each patchable layer; see `sites/spare_neurons.py`.
+        """
         if threads is not None:
             torch.set_num_threads(threads)
         self.model = loaded.model
         self.loaded = loaded
-        self.sites = model_sites(loaded.model)
+        self.sites = with_spare_neurons(model_sites(loaded.model), spare_neurons)
         self.format = ChatFormat(loaded.tokenizer, loaded.model, system)
         self.gate = Gate(gate)
         self.weights = WeightState(self.sites)
         self.activations = ActivationState(self.sites)
         self._state: State = ()
+        self._trees: dict[str, PrefixTree] | None = None  # state -> what was run under it, while remembering
         self._info = self._describe()
         self._version = Version(0, self._hash(()))
         self._numbers = {self._version.hash: 0}  # a state that comes back has its number back
@@ -125,7 +139,7 @@ class TransformersEngine:
             neurons=sites.neurons,
             heads=sites.heads,
             vocabulary=sites.vocabulary,
-            parameters=sum(each.numel() for each in model.parameters()),
+            parameters=sites.parameters,
             dtype=str(parameter.dtype).removeprefix("torch."),
             device=str(parameter.device),
             tied_embeddings=sites.tied,
@@ -225,61 +239,137 @@ class TransformersEngine:
             logits = running.feed(piece)
         if isinstance(running, DirectDecoder) and len(piece) == 1 and running.neurons:
             for site in watch:
-                values[site] = running.neurons[int(site.split(".")[1])]
+                layer = int(site.split(".")[1])
+                values[site] = running.neurons[layer][: self.sites.neurons_of(layer)]
         return logits
 
     def greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Each prompt's greedy continuation of at most `tokens` tokens, ended by its end token; all in one batch."""
-        longest, pad = max(map(len, prompts)), self.format.pad_token
-        device = self.model.device
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        positions = (seen.cumsum(1) - 1).clamp(min=0)
-        cache, made, done = full_cache(), [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        device, made = self.model.device, []
         ends = torch.tensor(sorted(self.format.end_tokens), device=device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         with self.gate.step(), self.activations.prompt([len(p) for p in prompts]), torch.inference_mode():
-            for _ in range(tokens):
+            cache, seen, hidden = self._read(prompts)
+            positions = seen.sum(1, keepdim=True) - 1
+            while True:
+                ids = self.unembed(hidden).argmax(-1, keepdim=True)
+                made.append(ids)
+                done |= torch.isin(ids[:, 0], ends)
+                if len(made) == tokens or bool(done.all()):
+                    break
+                seen = torch.cat((seen, seen.new_ones(len(prompts), 1)), dim=1)
+                positions = positions + 1
                 output = self.model.base_model(
                     input_ids=ids, past_key_values=cache, attention_mask=seen, position_ids=positions
                 )
-                # The last column is made contiguous: a strided one would make the product copy the whole matrix.
-                ids = self.unembed(output.last_hidden_state[:, -1].contiguous()).argmax(-1, keepdim=True)
-                made.append(ids)
-                done |= torch.isin(ids[:, 0], ends)
-                if bool(done.all()):
-                    break
-                seen = torch.cat((seen, seen.new_ones(len(prompts), 1)), dim=1)
-                positions = positions[:, -1:] + 1
+                hidden = output.last_hidden_state[:, -1]
         rows = torch.cat(made, dim=1).tolist()
         return [_until_end(row, self.format.end_tokens) for row in rows]
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[DynamicCache, Tensor, Tensor]:
+        """A filled cache of prompts padded on the left, what of it counts (B, T), and the last tokens' (B, width)."""
+        cache, device = full_cache(), self.model.device
+        tree = self._tree()
+        if tree is not None:
+            paths = tree.extend(prompts)
+            past, real = tree.past(paths)
+            for layer, (keys, values) in enumerate(past):
+                cache.update(keys, values, layer)
+            return cache, torch.tensor(real, device=device), tree.final[[path[-1] for path in paths]]
+        longest, pad = max(map(len, prompts)), self.format.pad_token
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        output = self.model.base_model(
+            input_ids=ids, past_key_values=cache, attention_mask=seen, position_ids=positions
+        )
+        # The last column is made contiguous: a strided one would make the product copy the whole matrix.
+        return cache, seen, output.last_hidden_state[:, -1].contiguous()
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside the block nothing is run twice: scores, greedy answers and recordings share what they have in common.
+
+        By state, so that a preview does no harm. Whoever changes the model behind the engine's back (own hooks, own
+        writes) must ask nothing of it inside such a block.
+        """
+        before, self._trees = self._trees, {} if self._trees is None else self._trees
+        try:
+            yield
+        finally:
+            self._trees = before
+
+    def _tree(self) -> PrefixTree | None:
+        """The tree to run in now; None while a hook is on the model, for hooks count positions."""
+        if self.activations.hooks:
+            return None
+        if self._trees is None:
+            return PrefixTree(self.model, self.sites, patchable_layers(self.sites.layers))
+        key = state_hash(self.weights.state)
+        if key not in self._trees or len(self._trees[key]) > _REMEMBERED:
+            self._trees[key] = PrefixTree(self.model, self.sites, patchable_layers(self.sites.layers))
+        return self._trees[key]
 
     # --------------------------------------------------------------------------------------------- measuring
 
     def score(self, items: Sequence[ScoreItem]) -> list[Score]:
         """Teacher-forced log-probabilities of continuations, in batches of like length."""
-        found: dict[int, Score] = {}
-        order = sorted(range(len(items)), key=lambda i: len(items[i].prompt) + len(items[i].continuation))
-        for start in range(0, len(order), _ROWS):
-            batch = order[start : start + _ROWS]
-            for index, logits in zip(batch, self._answer_logits([items[i] for i in batch]), strict=True):
-                logprobs = logits.float().log_softmax(-1)
-                tokens = torch.tensor(items[index].continuation, device=logits.device)
-                chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-                found[index] = Score(tokens.cpu(), chosen.cpu(), logprobs.argmax(-1).cpu())
-        return [found[index] for index in range(len(items))]
-
-    def _answer_logits(self, items: Sequence[ScoreItem]) -> Iterator[Tensor]:
-        """(T, vocabulary) at the positions that predict each continuation."""
         for item in items:
             if len(item.prompt) < 2 or not item.continuation:
                 raise InvalidInput(
                     "A scored item needs a prompt of two tokens or more and a continuation.",
                     hint="Score a chat, or put a beginning-of-text token first.",
                 )
-        replay = self.record([[*item.prompt, *item.continuation] for item in items], [len(i.prompt) - 1 for i in items])
-        for row, item in enumerate(items):
-            with self.gate.step(), torch.inference_mode():
-                yield unembed(self.model, self.sites, replay.final[row, : len(item.continuation)])
+        found: dict[int, Score] = {}
+        order = sorted(range(len(items)), key=lambda i: len(items[i].prompt) + len(items[i].continuation))
+        for start in range(0, len(order), _ROWS):
+            batch = order[start : start + _ROWS]
+            found.update(zip(batch, self._scores([items[i] for i in batch]), strict=True))
+        return [found[index] for index in range(len(items))]
+
+    def _scores(self, items: Sequence[ScoreItem]) -> list[Score]:
+        rows = [[*item.prompt, *item.continuation] for item in items]
+        starts = [len(item.prompt) - 1 for item in items]
+        lengths = [len(item.continuation) for item in items]
+        with self.gate.step(), torch.inference_mode():
+            tree = self._tree()
+            if tree is not None:
+                paths = [path[start:-1] for path, start in zip(tree.extend(rows), starts, strict=True)]
+                nodes, index = torch.unique(torch.tensor([n for path in paths for n in path]), return_inverse=True)
+                finals = tree.final[nodes.to(tree.final.device)]
+            else:
+                replay = self.record(rows, starts)
+                finals = torch.cat([replay.final[row, :length] for row, length in enumerate(lengths)])
+                index = torch.arange(len(finals))
+            tokens = torch.tensor([token for item in items for token in item.continuation])
+            logprobs, argmax = self._logprobs(finals, index.to(finals.device), tokens.to(finals.device))
+        parts = (torch.split(each, lengths) for each in (tokens, logprobs.cpu(), argmax.cpu()[index]))
+        return [Score(*part) for part in zip(*parts, strict=True)]
+
+    def _logprobs(self, finals: Tensor, index: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `tokens` (M,) behind the rows `index` (M,) of `finals` (N, width); and every row's likeliest token (N,).
+
+        A few rows at a time: their logits are memory that is used again, not asked for.
+        """
+        logprobs, argmax = finals.new_empty(len(index), dtype=torch.float32), index.new_empty(len(finals))
+        for start in range(0, len(finals), _POSITIONS):
+            logits = self.unembed(finals[start : start + _POSITIONS]).float()
+            argmax[start : start + _POSITIONS] = logits.argmax(-1)
+            here = ((index >= start) & (index < start + _POSITIONS)).nonzero()[:, 0]
+            own = index[here] - start
+            logprobs[here] = logits[own, tokens[here]] - logits.logsumexp(-1)[own]
+        return logprobs, argmax
+
+    def read(self, rows: Sequence[Sequence[int]], starts: Sequence[int], layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Of each row from its position `starts` on: what left the final norm and what a dense MLP read, (T, width)."""
+        with self.gate.step(), torch.no_grad():
+            tree = self._tree()
+            if tree is not None and layer in tree.mlp_inputs:
+                paths = [path[start:] for path, start in zip(tree.extend(rows), starts, strict=True)]
+                return [(tree.final[path], tree.mlp_inputs[layer][path]) for path in paths]
+            replay = self.record(rows, starts, mlp_inputs=[layer])
+            inputs = replay.mlp_inputs[layer]
+            return [(replay.final[row, :size], inputs[row, :size]) for row, size in enumerate(replay.lengths())]
 
     def record(
         self,
@@ -300,12 +390,17 @@ class TransformersEngine:
                 layers=layers,
                 neurons=neurons,
                 mlp_inputs=mlp_inputs,
+                tree=self._tree(),
                 pad=self.format.pad_token,
             )
 
     def unembed(self, final: Tensor) -> Tensor:
         """Logits (…, vocabulary) of what leaves the final norm (…, width)."""
         return unembed(self.model, self.sites, final)
+
+    def unembed_tokens(self, final: Tensor, tokens: Tensor) -> Tensor:
+        """Logits (N, k) of some tokens (N, k) behind what leaves the final norm (N, width)."""
+        return unembed_tokens(self.model, self.sites, final, tokens)
 
     def trace(
         self,

@@ -30,8 +30,9 @@ from liveweight.guard.budget import ChangedAnswer, GuardReport, budget_of, over_
 from liveweight.guard.probe_set import Probe, ProbeSet, load_probes
 from liveweight.settings import GuardSettings
 
-_ROWS = 24  # sequences of one batch
-_POSITIONS = 256  # positions whose whole distributions are compared at once
+_TOKENS = 1000  # of one batch's sequences together, of which chats share a third
+_CHATS = 48  # probes that are asked at once
+_POSITIONS = 64  # positions whose whole distributions are compared at once: memory that is used again, not asked for
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,21 @@ class _Row:
     text: str
     tokens: tuple[int, ...]
     start: int
-    probe: Probe | None = None
+    probe: Probe | None = None  # None for a protected answer
+
+    @property
+    def id(self) -> str:
+        """The probe's name; empty for a protected answer."""
+        return self.probe.id if self.probe else ""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether an answer to a probe's question is measured."""
+        return self.probe is not None and self.probe.is_chat
+
+    def asks(self, question: str) -> bool:
+        """Whether the probe asks this."""
+        return self.probe is not None and self.probe.asks(question)
 
 
 @dataclass(frozen=True)
@@ -94,14 +109,14 @@ class Guard:
         Probes that ask one of the questions in `leave_out` are left out: they are what the change is about.
         """
         rows = self._reference(progress)
-        chosen = [i for i, row in enumerate(rows) if not (row.probe and any(row.probe.asks(q) for q in leave_out))]
+        chosen = [i for i, row in enumerate(rows) if not any(row.asks(question) for question in leave_out)]
         return self._compare(after, chosen, protected, progress)
 
     def screen(self, after: State, question: str, *, protected: Sequence[ProtectedItem] = ()) -> GuardReport:
         """The same on the few probes that are most like `question`: quick, for use inside a search."""
         rows = self._reference(False)
         near = {probe.id for probe in self.probes.screen(question, self.settings.screen_items)}
-        chosen = [i for i, row in enumerate(rows) if row.probe and row.probe.id in near]
+        chosen = [i for i, row in enumerate(rows) if row.id in near]
         return self._compare(after, chosen, protected[-8:], False)
 
     # ------------------------------------------------------------------------------------------------ comparing
@@ -114,7 +129,7 @@ class Guard:
         rows = self._reference(progress)
         before_seen = self._look(now, chosen, progress)
         after_seen = self._look(after, chosen, progress)
-        chats = [i for i in chosen if rows[i].probe and rows[i].probe.is_chat]  # type: ignore[union-attr]
+        chats = [i for i in chosen if rows[i].is_chat]
         texts = [i for i in chosen if i not in set(chats)]
         added = torch.tensor([max(0.0, after_seen[i].kl - before_seen[i].kl) for i in chats] or [0.0])
         worst = int(added.argmax())
@@ -167,7 +182,7 @@ class Guard:
         rows = self._reference(progress)
         key = state_hash(state)
         known = self._known(key)
-        missing = [i for i in chosen if rows[i].probe and rows[i].probe.id not in known]  # type: ignore[union-attr]
+        missing = [i for i in chosen if rows[i].id not in known]
         if missing:
             layer = self._first_changed((), state)
             inputs = self._inputs_of(layer, progress)
@@ -178,10 +193,10 @@ class Guard:
                         some = [rows[i] for i in batch]
                         final = list(self._run(some, layer, [inputs[i] for i in batch]))
                         judged = self._judge(some, final, [self._final[i] for i in batch])
-                        known.update({row.probe.id: seen for row, seen in zip(some, judged, strict=True)})  # type: ignore[union-attr]
+                        known.update({row.id: seen for row, seen in zip(some, judged, strict=True)})
                     bar.advance(task, len(batch))
             self._remember(key, known)
-        return {i: known[rows[i].probe.id] for i in chosen}  # type: ignore[union-attr]
+        return {i: known[rows[i].id] for i in chosen}
 
     def _judge(self, rows: Sequence[_Row], finals: Sequence[Tensor], bases: Sequence[Tensor | None]) -> list[_Seen]:
         """Compare what left the final norm, a row (T, width), with the base's; called inside a preview.
@@ -192,9 +207,7 @@ class Guard:
         lengths = [len(final) for final in finals]
         hidden = torch.cat(list(finals))
         target = torch.tensor([token for row in rows for token in row.tokens[row.start :]], device=hidden.device)
-        chats = [
-            bool(row.probe and row.probe.is_chat) and base is not None for row, base in zip(rows, bases, strict=True)
-        ]
+        chats = [row.is_chat and base is not None for row, base in zip(rows, bases, strict=True)]
         compared = torch.tensor([chat for chat, length in zip(chats, lengths, strict=True) for _ in range(length)])
         old_hidden = torch.cat([h if base is None else base.to(h) for h, base in zip(finals, bases, strict=True)])
         kl, nll, said = torch.zeros(len(hidden)), torch.zeros(len(hidden)), torch.zeros(len(hidden), dtype=torch.int64)
@@ -205,7 +218,8 @@ class Guard:
             said[part] = live.argmax(-1).cpu()
             if bool(compared[part].any()):
                 old = self._base_logprobs(old_hidden[part])
-                kl[part] = (old.exp() * (old - live)).sum(-1).cpu() * compared[part]
+                torch.sub(old, live, out=live)
+                kl[part] = torch.linalg.vecdot(old.exp_(), live).cpu() * compared[part]
         kls, nlls, saids = (torch.split(each, lengths) for each in (kl, nll, said))
         return [
             _Seen(max(float(k.mean()), 0.0), float(n.sum()), tuple(a.tolist()))
@@ -236,7 +250,6 @@ class Guard:
                     self.engine.sites,
                     [rows[i].tokens for i in batch],
                     keep=layer,
-                    pad=self.engine.format.pad_token,
                 )
             self._protected_inputs.update({wanted[i]: found for i, found in zip(batch, kept, strict=True)})
         broken = []
@@ -261,10 +274,9 @@ class Guard:
             [row.tokens for row in rows],
             layer=max(layer, 0),
             inputs=inputs if layer >= 0 else None,
-            pad=self.engine.format.pad_token,
         )
-        for index, row in enumerate(rows):
-            yield final[index, row.start - 1 : len(row.tokens) - 1]
+        for row, own in zip(rows, final, strict=True):
+            yield own[row.start - 1 : -1]
 
     def _first_changed(self, before: State, after: State) -> int:
         """The first layer that has to be run again: -1 for all, the last one where only the unembedding differs."""
@@ -304,8 +316,8 @@ class Guard:
         ):
             task = bar.add_task("Asking the base model every probe (once)", total=2 * len(self.probes))
             rows: list[_Row] = [self._row(probe, []) for probe in self.probes.texts]
-            for start in range(0, len(chats), 2 * _ROWS):
-                batch = chats[start : start + 2 * _ROWS]
+            for start in range(0, len(chats), _CHATS):
+                batch = chats[start : start + _CHATS]
                 replies = engine.greedy([engine.encode(probe.messages) for probe in batch], tokens)
                 rows += [self._row(probe, reply) for probe, reply in zip(batch, replies, strict=True)]
                 bar.advance(task, len(batch))
@@ -314,9 +326,8 @@ class Guard:
                     found = list(self._run([rows[i] for i in some], -1, None))
                 for i, hidden in zip(some, found, strict=True):
                     row = rows[i]
-                    assert row.probe is not None
-                    stored[f"{row.probe.id}.final"] = hidden.float().cpu().clone()
-                    stored[f"{row.probe.id}.answer"] = torch.tensor(row.tokens[row.start :], dtype=torch.int64)
+                    stored[f"{row.id}.final"] = hidden.float().cpu().clone()
+                    stored[f"{row.id}.answer"] = torch.tensor(row.tokens[row.start :], dtype=torch.int64)
                 bar.advance(task, len(some))
         _save(stored, path)
 
@@ -332,7 +343,7 @@ class Guard:
                     if not path.is_file():
                         self._make_inputs(layer, rows, path, progress)
             stored = load_file(path)
-            self._inputs[layer] = [stored[row.probe.id] for row in rows]  # type: ignore[union-attr]
+            self._inputs[layer] = [stored[row.id] for row in rows]
         return self._inputs[layer]
 
     def _make_inputs(self, layer: int, rows: list[_Row], path: Path, progress: bool) -> None:
@@ -349,9 +360,8 @@ class Guard:
                     engine.sites,
                     [rows[i].tokens for i in batch],
                     keep=layer,
-                    pad=engine.format.pad_token,
                 )
-                stored.update({rows[i].probe.id: found.cpu() for i, found in zip(batch, kept, strict=True)})  # type: ignore[union-attr]
+                stored.update({rows[i].id: found.cpu() for i, found in zip(batch, kept, strict=True)})
                 bar.advance(task, len(batch))
         _save(stored, path)
 
@@ -389,7 +399,15 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _batches(chosen: list[int], rows: Sequence[_Row]) -> Iterator[list[int]]:
-    """The chosen rows in batches of like length."""
-    order = sorted(chosen, key=lambda i: len(rows[i].tokens))
-    for start in range(0, len(order), _ROWS):
-        yield order[start : start + _ROWS]
+    """The chosen rows in batches of so many tokens, chats together."""
+    order = sorted(chosen, key=lambda i: (rows[i].is_chat, rows[i].tokens))
+    batch: list[int] = []
+    tokens = 0
+    for i in order:
+        if batch and tokens + len(rows[i].tokens) > _TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += len(rows[i].tokens)
+    if batch:
+        yield batch

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from liveweight.engines.base import ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import UnknownMethod
 from liveweight.methods import finetune, gain, one_shot, patch, rome, scale, select
@@ -10,9 +13,7 @@ from liveweight.methods.case import build_case
 from liveweight.methods.wording import content_words, first_sentence
 
 _ALL = (
-    Described(
-        "patch", patch.propose, "One little-used neuron for each wrong token, shut elsewhere.", ("fix", "bad", "good")
-    ),
+    Described("patch", patch.propose, "One new neuron for each wrong token, shut elsewhere.", ("fix", "bad", "good")),
     Described("select", select.propose, "Fewest responsible neurons scaled until the answer goes.", ("bad", "fix")),
     Described("scale", scale.propose, "Every neuron that was active scaled down (bad) or up (good).", ("bad", "good")),
     Described("gain", gain.propose, "Gains inside the activation function moved, step by step.", ("bad", "fix")),
@@ -41,18 +42,27 @@ def method(name: str) -> Described:
 
 
 def works(engine: TransformersEngine, case: Case) -> bool:
-    """Whether the model, as it is now, does what the case asks, in greedy answers to its first context.
+    """Whether the model, as it is now, does what the case asks, in its greedy answer to the first context.
 
     A fix and a good: the wished answer's words stand in the first sentence. A bad: the judged answer's word is gone.
     """
-    reply = engine.greedy([case.contexts[0].prompt], _REPLY)[0]
-    said = first_sentence(engine.format.decode(reply)).lower()
-    target = case.contexts[0].target
-    wished = engine.format.decode(target[case.key[0] : case.key[1]]).strip().rstrip(".").lower()
+    context = case.contexts[0]
+    said = first_sentence(engine.format.decode(_greedy(engine, case))).lower()
+    wished = engine.format.decode(context.target[case.key[0] : case.key[1]]).strip().rstrip(".").lower()
     if case.kind == "bad":
         judged = first_sentence(case.answer).lower()
         return said != judged and bool(content_words(judged) - content_words(said))
     return wished in said
+
+
+def _greedy(engine: TransformersEngine, case: Case) -> Sequence[int]:
+    """The greedy answer to the first context; not generated where it is the wished one or the judged one."""
+    prompt = case.contexts[0].prompt
+    known = [tokens[:_REPLY] for tokens in (case.contexts[0].target, case.answer_tokens) if tokens]
+    for tokens, score in zip(known, engine.score([ScoreItem(prompt, tokens) for tokens in known]), strict=True):
+        if score.greedy:
+            return tokens
+    return engine.greedy([prompt], _REPLY)[0]
 
 
 __all__ = [

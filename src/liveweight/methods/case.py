@@ -82,7 +82,7 @@ def build_case(
         wanted=sentence,
         contexts=contexts,
         subject=subject,
-        others=_others(engine, question, sentence, piece, subject),
+        others=_others(engine, question, contexts, subject),
         previous=tuple((tuple(prompt), tuple(reply)) for prompt, reply in previous),
     )
 
@@ -120,7 +120,7 @@ def _as_opened(engine: TransformersEngine, contexts: tuple[Context, ...], piece:
     elsewhere = [
         index
         for index, (context, score) in enumerate(zip(contexts, scores, strict=True))
-        if index and not bool((score.tokens == score.argmax)[: context.key[0]].all())
+        if not bool((score.tokens == score.argmax)[: context.key[0]].all())
     ]
     if not elsewhere:
         return contexts
@@ -134,9 +134,9 @@ def _as_opened(engine: TransformersEngine, contexts: tuple[Context, ...], piece:
             if opening[-1].isalnum() and len(engine.format.encode_text(opening)) < OPENING - 1:
                 slots.append((index, _context(engine, contexts[index].messages, f"{opening} {piece}.", piece)))
     likely: dict[int, tuple[float, Context]] = {}
-    found = engine.score([ScoreItem(context.prompt, context.target) for _, context in slots])
+    found = engine.score([_answer_item(context) for _, context in slots])
     for (index, context), score in zip(slots, found, strict=True):
-        logprob = float(score.logprobs[slice(*context.key)].sum())
+        logprob = score.total
         if index not in likely or logprob > likely[index][0]:
             likely[index] = (logprob, context)
     opened = list(contexts)
@@ -144,6 +144,12 @@ def _as_opened(engine: TransformersEngine, contexts: tuple[Context, ...], piece:
         if logprob > float(scores[index].logprobs[slice(*contexts[index].key)].sum()) - LEEWAY:
             opened[index] = context
     return tuple(opened)
+
+
+def _answer_item(context: Context) -> ScoreItem:
+    """The answer proper, behind its opening."""
+    first, last = context.key
+    return ScoreItem((*context.prompt, *context.target[:first]), context.target[first:last])
 
 
 def _best_statement(
@@ -238,20 +244,26 @@ def _key(engine: TransformersEngine, target: Sequence[int], sentence: str, piece
 
 
 def _others(
-    engine: TransformersEngine, question: str, sentence: str, piece: str, subject: str | None
+    engine: TransformersEngine, question: str, contexts: Sequence[Context], subject: str | None
 ) -> tuple[Context, ...]:
-    """The same question about other things of its kind with the same opening, and other questions about this thing."""
+    """The same question about other things of its kind, and other questions about this thing.
+
+    The former behind the common opening and behind one of the openings that the model has for other wordings; the
+    latter without an answer: what matters is that a mend leaves alone how the model begins.
+    """
     if subject is None:
         return ()
-    opening = sentence[: sentence.rfind(piece)] if piece in sentence else ""
-    chats = []
-    for name in _like(engine, subject)[:OTHERS]:
-        chats.append((question.replace(subject, name), opening.replace(subject, name).rstrip() or name))
-    found = [_context(engine, (Message("user", text),), said) for text, said in chats]
+    openings = list(
+        dict.fromkeys(engine.format.decode(context.target[: context.key[0]]).strip() for context in contexts)
+    )
+    found = []
+    for number, name in enumerate(_like(engine, subject)[:OTHERS]):
+        chat = (Message("user", question.replace(subject, name)),)
+        chosen = {0, 1 + number % (len(openings) - 1)} if len(openings) > 1 else {0}
+        found += [_context(engine, chat, openings[each].replace(subject, name) or name) for each in sorted(chosen)]
     about = [text for text in questions_about(subject) if text != question][:ABOUT]
-    prompts = [engine.encode((Message("user", text),)) for text in about]
-    for text, prompt, reply in zip(about, prompts, engine.greedy(prompts, 8), strict=True):
-        found.append(Context((Message("user", text),), tuple(prompt), tuple(reply)))
+    for text in about:
+        found.append(Context((Message("user", text),), tuple(engine.encode((Message("user", text),))), ()))
     return tuple(found)
 
 

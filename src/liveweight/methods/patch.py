@@ -1,4 +1,4 @@
-"""patch: one little-used neuron for each wrong token, which fires where that token is due and nowhere else.
+"""patch: one new neuron for each wrong token, which fires where that token is due and nowhere else.
 
 A mend keyed on one direction (rome) answers in proportion to a key's likeness, so that every like question feels some
 of it. A neuron has a threshold: its gate row is fitted so that it is open where the answer is due, in every wording of
@@ -8,11 +8,11 @@ move. What the neuron writes is then optimised until every token of the wished a
 
     gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge,  M and m: moment and mean of all that is to be left
     up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)   k: mean MLP input where the token is due
-    down  d: gradient steps on the margins of the answer's tokens
+    down  d: steps of Polyak's length on what the answer's tokens fall short of their margins
 
 The idea of a neuron for a mistake: Huang et al., "Transformer-Patcher: One Mistake Worth One Neuron", ICLR 2023. Here
-the neuron is not added but taken from the least used ones, so the model keeps its shape, and its gate is solved in
-closed form against the model's surroundings.
+its gate is solved in closed form against the model's surroundings, and it takes the place of a spare neuron, then of
+the least used ones. The step length: Polyak, "Minimization of unsmooth functionals", 1969.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liveweight.adjustments import Adjustment, ReplaceNeurons
-from liveweight.engines.replay import Replay
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, Unsupported
 from liveweight.methods.base import Case
 from liveweight.methods.surroundings import Surroundings, surroundings
 from liveweight.settings import MethodSettings
+from liveweight.sites import patchable_layers
 
-DEPTH = 0.77  # relative depth of the first layer that is patched: late enough to know what is about to be said
-SPREAD = 3  # layers over which patches are spread, so that none loses many neurons
-OPEN, SHUT = 0.8, 1.2  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
+OPEN, SHUT = 1.0, 1.0  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
+OPENING_OPEN, OPENING_SHUT = 0.7, 1.3  # for how an answer begins, where like questions are most alike
 STEEPNESS = 12.0  # the gate's scale: act(-12) is nothing
 NEAR = 0.5  # weight of the case's own neighbours beside everyday chats
 DUE = 20.0  # weight of the places where the neuron is to be open
 RIDGE = 1e-3
 MARGIN = 4.0  # nats by which a mended token is to lead
-STEP, MOMENTUM = 0.1, 0.6  # of the residual stream's usual norm
+CLOSE = 0.2  # of MARGIN: near enough to stop
+LONGEST_STEP = 1.0  # of the residual stream's usual norm
 MOST_NEURONS = 64
+_OPENING = 1000  # places from here on are in an opening
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """The case's contexts as run once, with what their targets need. Shorter targets are padded; `real` says where."""
+    """What the model does in the case's contexts now. Shorter targets are padded; `real` says where."""
 
-    replay: Replay
     x: Tensor  # (B, T, width), what the MLP reads where each target token is predicted
     target: Tensor  # (B, T)
     real: Tensor  # (B, T)
@@ -66,7 +67,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
             hint="Choose another method, such as finetune.",
         )
     around = surroundings(engine, [layer])[layer]
-    batch = _record(engine, case, layer)
+    batch = _read(engine, case, layer)
     due = _due(batch)
     if not due:
         raise NoMendFound(
@@ -84,8 +85,8 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     firing = act(STEEPNESS * (batch.x @ gates.T)) / open_value  # (B, T, P)
     if engine.sites.gated:
         firing = firing * (batch.x @ ups.T)
-    writes = _optimise(engine, batch, due, layer, firing, settings)
-    neurons = _spare(engine, layer, around, len(due))
+    writes = _optimise(engine, case, batch, due, layer, firing, settings)
+    neurons = _free(engine, layer, around, len(due))
     dead = torch.zeros(len(due)) if engine.sites.has_weight(f"layers.{layer}.mlp.up.bias") else None
     gated = engine.sites.gated
     return Adjustment(
@@ -101,19 +102,17 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
                 bias=dead,
             ),
         ),
-        note=f"{len(due)} little-used neurons of layer {layer} now say: {case.wanted}",
+        note=f"Neurons taken in layer {layer}: {len(due)}. They say: {case.wanted}",
     )
 
 
 def _layer(engine: TransformersEngine, settings: MethodSettings) -> int:
     """The wished layer, or the one of a few late layers that holds the fewest patches."""
-    layers = engine.sites.layers
     if settings.layer is not None:
         engine.sites.check_layer(settings.layer)
         return settings.layer
-    first = min(round(DEPTH * layers), layers - 2) if layers > 1 else 0
     taken = _taken(engine)
-    return min(range(first, min(first + SPREAD, max(layers - 1, 1))), key=lambda each: (len(taken.get(each, ())), each))
+    return min(patchable_layers(engine.sites.layers), key=lambda each: (len(taken.get(each, ())), each))
 
 
 def _taken(engine: TransformersEngine) -> dict[int, set[int]]:
@@ -126,11 +125,16 @@ def _taken(engine: TransformersEngine) -> dict[int, set[int]]:
     return taken
 
 
-def _spare(engine: TransformersEngine, layer: int, around: Surroundings, count: int) -> list[int]:
-    """The least used neurons that no active change has taken, super neurons (the most used) never among them."""
+def _free(engine: TransformersEngine, layer: int, around: Surroundings, count: int) -> list[int]:
+    """Neurons that no active change has taken: spare ones while there are any, then the least used of the layer's own.
+
+    Super neurons, the most used ones, are never among them.
+    """
     taken = _taken(engine).get(layer, set())
-    free = [neuron for neuron in around.usage.argsort().tolist() if neuron not in taken]
-    if len(free) < count + engine.sites.neurons_of(layer) // 2:
+    own = engine.sites.neurons_of(layer)
+    spare = range(own, own + engine.sites.spare_of(layer))
+    free = [neuron for neuron in (*spare, *around.usage.argsort().tolist()) if neuron not in taken]
+    if len(free) < count + own // 2:
         raise NoMendFound(
             f"More than half of the neurons of layer {layer} hold patches already.",
             hint="Undo some changes, or name another layer.",
@@ -138,31 +142,28 @@ def _spare(engine: TransformersEngine, layer: int, around: Surroundings, count: 
     return sorted(free[:count])
 
 
-def _record(engine: TransformersEngine, case: Case, layer: int) -> _Batch:
+def _read(engine: TransformersEngine, case: Case, layer: int) -> _Batch:
     contexts = case.contexts
-    replay = engine.record(
-        [context.tokens for context in contexts],
-        [len(context.prompt) - 1 for context in contexts],
-        layers=[layer],
-        mlp_inputs=[layer],
+    seen = engine.read(
+        [context.tokens[:-1] for context in contexts], [len(context.prompt) - 1 for context in contexts], layer
     )
     length = max(len(context.target) for context in contexts)
-    device = replay.final.device
+    device = seen[0][0].device
+    x = torch.zeros(len(contexts), length, engine.sites.width, device=device)
     target = torch.zeros(len(contexts), length, dtype=torch.int64, device=device)
     real = torch.zeros(len(contexts), length, dtype=torch.bool, device=device)
-    for row, context in enumerate(contexts):
-        target[row, : len(context.target)] = torch.tensor(context.target)
-        real[row, : len(context.target)] = True
+    lead = torch.zeros(len(contexts), length, device=device)
     with engine.gate.step(), torch.no_grad():
-        lead = _lead(engine.unembed(replay.final[:, :length]).float(), target)
-        # The last token, the full stop, only counts where the word before it would go on.
-        said = engine.unembed(replay.final[:, :length]).argmax(-1)
-    for row, context in enumerate(contexts):
-        end = len(context.target) - 1
-        if end > 0 and not engine.format.decode([int(said[row, end])])[:1].isalnum():
-            real[row, end] = False
-    place = _places(case, length).to(device)
-    return _Batch(replay, replay.mlp_inputs[layer][:, :length].float(), target, real, lead, place)
+        for row, (context, (final, read)) in enumerate(zip(contexts, seen, strict=True)):
+            own = slice(0, len(context.target))
+            x[row, own], real[row, own] = read.float(), True
+            target[row, own] = torch.tensor(context.target)
+            lead[row, own], other = _lead(engine, final, target[row, own])
+            # The last token, the full stop, only counts where the word before it would go on.
+            end = len(context.target) - 1
+            if end > 0 and lead[row, end] < 0 and not engine.format.decode([int(other[end])])[:1].isalnum():
+                real[row, end] = False
+    return _Batch(x, target, real, lead, _places(case, length).to(device))
 
 
 def _places(case: Case, length: int) -> Tensor:
@@ -178,41 +179,54 @@ def _places(case: Case, length: int) -> Tensor:
         number = openings.setdefault(context.target[:start], len(openings))
         for position in range(len(context.target)):
             behind = position - start
-            place[row, position] = behind if behind >= 0 else 1000 * (number + 1) + position
+            place[row, position] = behind if behind >= 0 else _OPENING * (number + 1) + position
     return place
 
 
-def _lead(logits: Tensor, target: Tensor) -> Tensor:
-    """(B, T) nats by which the target leads the best other token."""
-    others = logits.detach().scatter(2, target[..., None], float("-inf")).max(-1).indices
-    return (logits.gather(2, target[..., None]) - logits.gather(2, others[..., None]))[..., 0]
+def _lead(engine: TransformersEngine, final: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats by which each target (N,) leads the best other token behind `final` (N, width), and that other token (N,).
+
+    Differentiable in `final`, without a gradient as large as the vocabulary.
+    """
+    with torch.no_grad():
+        logits = engine.unembed(final)
+        other = logits.scatter_(1, target[:, None], float("-inf")).argmax(1)
+    pair = engine.unembed_tokens(final, torch.stack((target, other), dim=1)).float()
+    return pair[:, 0] - pair[:, 1], other
 
 
 def _due(batch: _Batch) -> list[int]:
-    """The places where some context would say something else."""
-    return sorted(set(batch.place[(batch.lead < 0) & batch.real].tolist()))
+    """The places where some context would say something else.
+
+    Of an opening's places only those that the question as asked needs: what changes how an answer begins is felt by
+    every like question, so another wording that begins otherwise is left to begin so.
+    """
+    missed = (batch.lead < 0) & batch.real
+    openings = set(batch.place[0, missed[0]].tolist())
+    return sorted({place for place in batch.place[missed].tolist() if place < _OPENING or place in openings})
 
 
-def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
-    """(N, width) what the MLP reads while it says what is to be left alone."""
+def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> list[Tensor]:
+    """What the MLP reads while it says what is to be left alone, (N, width): where an answer begins, and behind that.
+
+    Apart, because a neuron for how an answer begins has its likes there and nowhere else.
+    """
     rows = [*((context.prompt, context.target) for context in case.others), *case.previous[-32:]]
     if not rows:
-        return torch.zeros(0, engine.sites.width)
-    replay = engine.record(
-        [(*prompt, *reply) for prompt, reply in rows], [len(prompt) - 1 for prompt, _ in rows], mlp_inputs=[layer]
-    )
-    found = replay.mlp_inputs[layer].float()
-    return torch.cat([found[row, :length] for row, length in enumerate(replay.lengths())])
+        return []
+    seen = engine.read([(*prompt, *reply) for prompt, reply in rows], [len(prompt) - 1 for prompt, _ in rows], layer)
+    parts = [torch.cat([read[:1] for _, read in seen]), torch.cat([read[1:] for _, read in seen])]
+    return [part.float() for part in parts if len(part)]
 
 
-def _fit(batch: _Batch, due: list[int], around: Surroundings, near: Tensor) -> tuple[Tensor, Tensor]:
+def _fit(batch: _Batch, due: list[int], around: Surroundings, near: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Gate and up rows, (P, width) each, for the places in `due`."""
     x = batch.x
     device = x.device
     moment, mean = around.moment.to(device), around.mean.to(device)
-    if len(near):
-        moment = moment + NEAR * near.T @ near / len(near)
-        mean = mean + NEAR * near.mean(0)
+    for part in near:
+        moment = moment + NEAR * part.T @ part / len(part)
+        mean = mean + NEAR * part.mean(0)
     eye = torch.eye(x.shape[2], device=device)
     said = batch.place >= 0
     gates, ups = [], []
@@ -223,46 +237,69 @@ def _fit(batch: _Batch, due: list[int], around: Surroundings, near: Tensor) -> t
             left = left + NEAR * rest.T @ rest / len(rest)
             left_mean = left_mean + NEAR * rest.mean(0)
         key = here.mean(0)
+        opens, shuts = (OPEN, SHUT) if place < _OPENING else (OPENING_OPEN, OPENING_SHUT)
         system = left + DUE * here.T @ here / len(here) + RIDGE * left.diagonal().mean() * eye
-        solved = torch.linalg.solve(system, torch.stack((OPEN * DUE * key - SHUT * left_mean, key), dim=1))
+        solved = torch.linalg.solve(system, torch.stack((opens * DUE * key - shuts * left_mean, key), dim=1))
         gates.append(solved[:, 0])
         ups.append(solved[:, 1] / (solved[:, 1] @ key))
     return torch.stack(gates), torch.stack(ups)
 
 
 def _optimise(
-    engine: TransformersEngine, batch: _Batch, due: list[int], layer: int, firing: Tensor, settings: MethodSettings
+    engine: TransformersEngine,
+    case: Case,
+    batch: _Batch,
+    due: list[int],
+    layer: int,
+    firing: Tensor,
+    settings: MethodSettings,
 ) -> Tensor:
-    """(P, width) what the neurons write, so that every due token leads by MARGIN and no other loses half its lead."""
-    length = batch.target.shape[1]
-    replay = batch.replay
-    wanted = torch.isin(batch.place, torch.tensor(due, device=batch.place.device))
+    """(P, width) what the neurons write, so that every due token leads by MARGIN and no other loses half its lead.
+
+    The loss is the sum of what the leads fall short. Its least value is known, 0, so each step is Polyak's.
+    """
+    wanted = torch.isin(batch.place, torch.tensor(due, device=batch.place.device)) & batch.real
+    counts = batch.real & (wanted | (batch.lead >= 0))
     goal = torch.where(wanted, MARGIN, batch.lead.clamp(max=MARGIN) * 0.5)
-    goal = torch.where(batch.real, goal, float("-inf"))
-    padded = torch.zeros(*replay.ids.shape, firing.shape[-1], device=firing.device)
-    padded[:, :length] = firing
+    # Tokens before the first due one feel nothing: they are part of what was there before.
+    first = [int(row.float().argmax()) if bool(row.any()) else len(row) - 1 for row in wanted.cpu()]
+    contexts = case.contexts
+    replay = engine.record(
+        [context.tokens[:-1] for context in contexts],
+        [len(context.prompt) - 1 + begin for context, begin in zip(contexts, first, strict=True)],
+        layers=[layer],
+    )
+    places = [
+        (row, replay.column(row, len(context.prompt) - 1 + step), step)
+        for row, (context, begin) in enumerate(zip(contexts, first, strict=True))
+        for step in range(begin, len(context.target))
+        if bool(counts[row, step])
+    ]
+    rows, columns, steps = (torch.tensor(part, device=firing.device) for part in zip(*places, strict=True))
+    target, goal = batch.target[rows, steps], goal[rows, steps]
+    fires = torch.zeros(*replay.ids.shape, firing.shape[-1], device=firing.device)
+    fires[rows, columns] = firing[rows, steps]
     writes = torch.zeros(len(due), engine.sites.width, device=firing.device, requires_grad=True)
-    velocity = torch.zeros_like(writes)
-    unit = replay.inputs[layer][:, :length].float().norm(dim=-1).median()
+    stream = replay.inputs[layer].detach()
+    most = LONGEST_STEP * float(stream[rows, columns].float().norm(dim=-1).median())
     down: nn.Module = engine.sites.weight(engine.sites.mlp_part(layer, "down")).module
-    worst = float("inf")
     for _ in range(settings.max_steps):
-        with engine.gate.step(), torch.enable_grad():
-            handle = down.register_forward_hook(lambda _, args, out: out + (padded @ writes).to(out.dtype))
+        with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            handle = down.register_forward_hook(lambda _, args, out: out + (fires @ writes).to(out.dtype))
             try:
-                final = replay.run(layer)
+                final = replay.run(layer, stream)
             finally:
                 handle.remove()
-            gap = torch.relu(goal - _lead(engine.unembed(final[:, :length]).float(), batch.target))
+            gap = torch.relu(goal - _lead(engine, final[rows, columns], target)[0])
             worst = float(gap.detach().max())
-            if worst < 0.2 * MARGIN:
+            if worst < CLOSE * MARGIN:
                 break
-            (gradient,) = torch.autograd.grad(gap.sum(1).mean(), [writes])
+            loss = gap.sum()
+            (gradient,) = torch.autograd.grad(loss, [writes])
         with torch.no_grad():
-            velocity.mul_(MOMENTUM).add_(gradient / gradient.norm().clamp(min=1e-12))
-            writes.sub_(STEP * unit * velocity)
-    first = gap.detach()[0]
-    if float(first.max()) >= MARGIN:
+            size = gradient.norm().clamp(min=1e-12)
+            writes.sub_(gradient / size * (loss / size).clamp(max=most))
+    if float(gap.detach()[rows == 0].max()) >= MARGIN:
         raise NoMendFound(
             f"After {settings.max_steps} steps the wished answer still does not lead (short by {worst:.1f} nats).",
             hint="Name another layer, or raise methods.max_steps.",

@@ -3,10 +3,12 @@
 from liveweight.sites.architectures import ARCHITECTURES, Architecture, Piece
 from liveweight.sites.model_sites import ModelSites, Norm, model_sites
 from liveweight.sites.points import ActivationPoint
+from liveweight.sites.spare_neurons import SPARE, patchable_layers, with_spare_neurons
 from liveweight.sites.views import Region, WeightView
 
 __all__ = [
     "ARCHITECTURES",
+    "SPARE",
     "ActivationPoint",
     "Architecture",
     "ModelSites",
@@ -15,4 +17,6 @@ __all__ = [
     "Region",
     "WeightView",
     "model_sites",
+    "patchable_layers",
+    "with_spare_neurons",
 ]

@@ -9,6 +9,7 @@ Weights, always (out, in):
     embed.weight  positions.weight  lm_head.weight  final_norm.weight
     layers.{l}.attn.q|k|v|o.weight  layers.{l}.attn.q_norm|k_norm.weight
     layers.{l}.mlp.gate|up|down.weight            an ungated MLP has up and down only
+    layers.{l}.mlp.spare.gate|up|down.weight      the neurons that a layer was grown by, see spare_neurons.py
     layers.{l}.mlp.router.weight  layers.{l}.mlp.experts.{e}.gate|up|down.weight
     layers.{l}.attn_norm|mlp_norm|attn_post_norm|mlp_post_norm.weight
     and .bias beside any of them, where there is one
@@ -28,7 +29,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,7 @@ from liveweight.sites.views import WeightView
 if TYPE_CHECKING:  # importing transformers takes seconds, and whoever has a model has done it
     from transformers import PreTrainedModel
 
+ADDED = "liveweight_spare_neurons"  # the attribute of a grown model: layer -> how many neurons were added
 _NUMBERED = re.compile(r"^layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.(\d+)\.(.+)$")
 
@@ -94,6 +96,8 @@ class ModelSites:
         expert = next((layer for layer in range(self.layers) if self.experts_of(layer)), None)
         self.neurons = self.neurons_of(0 if expert is None else expert)
         self.tied = self.weight("embed.weight").key == self.weight("lm_head.weight").key
+        spare = sum(view.native().numel() for view in self._weights.values() if ".mlp.spare." in view.site)
+        self.parameters = sum(each.numel() for each in model.parameters()) - spare  # the checkpoint's
         self._activations = frozenset(self._activation_names())
         self.notes: tuple[str, ...] = self._notes()
 
@@ -249,15 +253,23 @@ class ModelSites:
         kind = "experts.0." if self.experts_of(layer) else ""
         return self.weight(f"layers.{layer}.mlp.{kind}down.weight").shape[1]
 
+    def spare_of(self, layer: int) -> int:
+        """How many spare neurons a layer's MLP has, numbered from `neurons_of(layer)` on."""
+        added: dict[int, int] = getattr(self.model, ADDED, {})
+        return added.get(layer, 0)
+
     def check_layer(self, layer: int) -> None:
         """Raises UnknownSite for a layer that this model does not have."""
         self._check_range("layer", layer, self.layers, f"in this {self.architecture} model")
 
-    def check_neurons(self, layer: int, neurons: tuple[int, ...], expert: int | None = None) -> None:
-        """Raises UnknownSite for a layer, an expert or a neuron that this model does not have."""
+    def check_neurons(self, layer: int, neurons: tuple[int, ...], expert: int | None = None, spare: int = 0) -> None:
+        """Raises UnknownSite for a layer, an expert or a neuron that this model does not have.
+
+        `spare` neurons count beyond the layer's own.
+        """
         self.mlp_part(layer, "down", expert)
         for neuron in (min(neurons), max(neurons)):
-            self._check_range("neuron", neuron, self.neurons_of(layer), f"in layer {layer}")
+            self._check_range("neuron", neuron, self.neurons_of(layer) + spare, f"in layer {layer}")
 
     def check_heads(self, layer: int, heads: tuple[int, ...]) -> None:
         """Raises UnknownSite for a layer or a head that this model does not have."""
@@ -285,7 +297,9 @@ class ModelSites:
                     yield from self._expert_views(f"{prefix}.mlp.experts", part, block, piece)
             else:
                 for part, piece in self.map.mlp.items():
-                    yield from self._views(f"{prefix}.mlp.{part}", block, piece)
+                    views = list(self._views(f"{prefix}.mlp.{part}", block, piece))
+                    spare = self.spare_of(layer)
+                    yield from _cut(views, part, spare) if spare else views
 
     def _views(self, site: str, root: nn.Module, piece: Piece) -> Iterator[WeightView]:
         """The weight of a piece and, where there is one, its bias."""
@@ -393,6 +407,18 @@ def model_sites(model: PreTrainedModel) -> ModelSites:
         raise InvalidInput("The model's weights have not been loaded.", hint="Load it without a meta device.")
     with torch.no_grad():
         return ModelSites(model, name, ARCHITECTURES[name])
+
+
+def _cut(views: list[WeightView], part: str, spare: int) -> Iterator[WeightView]:
+    """The checkpoint's own neurons of part of a grown MLP, then the spare ones."""
+    for view in views:
+        if part == "down" and view.site.endswith(".bias"):
+            yield view
+            continue
+        dim = 1 if part == "down" else 0
+        own = view.shape[dim] - spare
+        yield replace(view, within=(dim, 0, own))
+        yield replace(view, site=view.site.replace(".mlp.", ".mlp.spare."), within=(dim, own, spare))
 
 
 def _descend(root: nn.Module, path: str) -> nn.Module | None:

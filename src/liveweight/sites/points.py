@@ -34,11 +34,14 @@ class ActivationPoint:
 
     def of_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The tensor among a call's arguments: the first positional, else `hidden_states`."""
-        found = args[0] if args else kwargs.get("hidden_states")
-        return self._tensor(found)
+        found = self._tensor(args[0] if args else kwargs.get("hidden_states"))
+        return found if found.shape[-1] == self.size else found[..., : self.size]
 
     def with_input(self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> tuple[Any, dict[str, Any]]:
-        """The same call with another tensor."""
+        """The same call with another tensor; spare neurons, behind the layer's own, stay."""
+        whole = self._tensor(args[0] if args else kwargs.get("hidden_states"))
+        if whole.shape[-1] != self.size:
+            value = torch.cat((value, whole[..., self.size :]), dim=-1)
         if args:
             return (value, *args[1:]), kwargs
         return args, kwargs | {"hidden_states": value}

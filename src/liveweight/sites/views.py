@@ -51,7 +51,8 @@ class WeightView:
     """One weight site: a parameter, or the part of one that plays this role.
 
     `parameter_name` is the parameter's name in the model; `piece` says which part of it; `expert` which slice of a
-    stacked one. `sizes` are (heads, kv_heads, head_dim), for the splits that need them.
+    stacked one. `sizes` are (heads, kv_heads, head_dim), for the splits that need them. `within` narrows (out, in)
+    further, to (dimension, first, length): a grown MLP's own neurons, or its spare ones.
     """
 
     site: str
@@ -60,6 +61,7 @@ class WeightView:
     piece: Piece
     sizes: tuple[int, int, int] = (1, 1, 1)
     expert: int | None = None
+    within: tuple[int, int, int] | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -80,6 +82,10 @@ class WeightView:
             data = data[self.expert]
         if self.piece.transposed and data.dim() == 2:
             data = data.t()
+        data = self._part(data)
+        return data if self.within is None else data.narrow(*self.within)
+
+    def _part(self, data: Tensor) -> Tensor:
         heads, kv_heads, head_dim = self.sizes
         match self.piece.split:
             case "whole":
