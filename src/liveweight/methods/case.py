@@ -6,6 +6,7 @@ the model never says is never reached. Reads the model; knows no method.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -29,8 +30,10 @@ from liveweight.methods.wording import (
 CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
 ABOUT = 4  # other questions about the same thing
-OPENING = 14  # tokens of its own opening after which the model may be led to the wished answer
+OPENING = 11  # tokens of its own opening after which the model may be led to the wished answer
 LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
+ALTERNATIVES = 8  # of the judged word, that another answer may begin with
+UNLIKELY = -7.0  # nats; what is less likely than this the model would not say by itself
 _SENTENCE = 40  # tokens that a first sentence may have
 
 
@@ -185,26 +188,30 @@ def _next_best(
     asked = content_words(question)
     for position in _openings(engine, answer, asked):
         head = answer[:position]
-        banned = {answer[position]}
-        for _ in range(3):
-            with engine.gate.step(), torch.no_grad():
-                logits = _next_logits(engine, [*prompt, *head])
-            logits[list(banned)] = float("-inf")
-            token = int(logits.argmax())
-            if token in engine.format.end_tokens:
+        opening = engine.format.decode(head)
+        claims = _claims(first_sentence(engine.format.decode(answer[position:])), asked)
+        with engine.gate.step(), torch.no_grad():
+            logprobs = _next_logits(engine, [*prompt, *head]).log_softmax(-1)
+        for token in logprobs.topk(ALTERNATIVES).indices.tolist():
+            if token == answer[position] or token in engine.format.end_tokens:
+                continue
+            if float(logprobs[token]) < UNLIKELY:
                 break
             rest = engine.greedy([[*prompt, *head, token]], _SENTENCE)[0]
             text = first_sentence(engine.format.decode([*head, token, *rest]))
-            opening = engine.format.decode(head)
             new = text[len(opening) :].strip()
-            word = engine.format.decode(answer[position:]).strip().split(" ")[0].strip(".,;:!?").lower()
-            if new and word and word not in new.lower() and text.lower() != judged:
+            other = _claims(new, asked)
+            if other and other[0] not in claims and text.lower() != judged:
                 return text, new
-            banned.add(token)
     raise NoMendFound(
         "The model has no other answer to this question that it would give by itself.",
         hint="Say what the answer should be with fix.",
     )
+
+
+def _claims(text: str, asked: set[str]) -> list[str]:
+    """The words of an answer that carry meaning and that the question did not bring, in order and lower case."""
+    return [word for word in re.findall(r"\w+", text.lower()) if content_words(word) - asked]
 
 
 def _next_logits(engine: TransformersEngine, ids: list[int]) -> Tensor:
@@ -248,7 +255,7 @@ def _others(
 ) -> tuple[Context, ...]:
     """The same question about other things of its kind, and other questions about this thing.
 
-    The former behind the common opening and behind one of the openings that the model has for other wordings; the
+    The former behind the opening of the question as asked, some behind one that the model has for other wordings; the
     latter without an answer: what matters is that a mend leaves alone how the model begins.
     """
     if subject is None:
@@ -259,8 +266,10 @@ def _others(
     found = []
     for number, name in enumerate(_like(engine, subject)[:OTHERS]):
         chat = (Message("user", question.replace(subject, name)),)
-        chosen = {0, 1 + number % (len(openings) - 1)} if len(openings) > 1 else {0}
-        found += [_context(engine, chat, openings[each].replace(subject, name) or name) for each in sorted(chosen)]
+        chosen = [openings[0]]
+        if number % 3 == 0 and len(openings) > 1:
+            chosen.append(openings[1 + number // 3 % (len(openings) - 1)])
+        found += [_context(engine, chat, opening.replace(subject, name) or name) for opening in chosen]
     about = [text for text in questions_about(subject) if text != question][:ABOUT]
     for text in about:
         found.append(Context((Message("user", text),), tuple(engine.encode((Message("user", text),))), ()))
