@@ -34,6 +34,7 @@ OPENING = 11  # tokens of its own opening after which the model may be led to th
 LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
 ALTERNATIVES = 8  # of the judged word, that another answer may begin with
 UNLIKELY = -7.0  # nats; what is less likely than this the model would not say by itself
+_NAMED_WITHIN = 3  # words behind the first new one, in which a name or a number is what the answer says
 _SENTENCE = 40  # tokens that a first sentence may have
 
 
@@ -65,7 +66,8 @@ def build_case(
         sentence = _best_statement(engine, turns, question, wanted.strip(), answer)
         piece = wanted.strip().rstrip(".")
     elif kind == "bad":
-        sentence, piece = _next_best(engine, turns, question, list(answer_tokens))
+        sentence, new = _next_best(engine, turns, question, list(answer_tokens))
+        piece = new.rstrip(".")
     else:
         sentence = first_sentence(answer)
         piece = sentence
@@ -74,7 +76,7 @@ def build_case(
                 "The answer is empty, so there is nothing to keep.", hint="Judge a reply with some text."
             )
     contexts = _contexts(engine, turns, question, sentence, piece, rewordings=0 if kind == "good" else CONTEXTS - 1)
-    if kind == "fix":
+    if kind != "good":
         contexts = _as_opened(engine, contexts, piece)
     subject = subject_of(question)
     return Case(
@@ -222,16 +224,21 @@ def _next_logits(engine: TransformersEngine, ids: list[int]) -> Tensor:
 
 def _openings(engine: TransformersEngine, answer: list[int], asked: set[str]) -> list[int]:
     """Positions in the answer where a word begins that the question did not bring, the likeliest first."""
-    found = []
+    found: list[tuple[bool, int]] = []
+    words, first = 0, None
     for index, token in enumerate(answer[:_SENTENCE]):
         piece = engine.format.decode([token])
         if index and not piece.startswith((" ", "\n")):
             continue
+        words += 1
         rest = engine.format.decode(answer[index:]).strip().split(" ")[0]
         if content_words(rest) - asked:
-            found.append(index)
-    # What stands in the middle of the sentence is what it says; its first word may be how the model always begins.
-    return ([index for index in found if index] + [0])[:4] if answer else []
+            first = words if first is None and index else first
+            named = rest[:1].isupper() or rest[:1].isdigit()
+            found.append((not (named and words - (first or words) <= _NAMED_WITHIN), index))
+    # What stands in the middle of the sentence is what it says, a name or a number above all; its first word may be
+    # how the model always begins.
+    return ([index for _, index in sorted(found) if index] + [0])[:4] if answer else []
 
 
 def _key(engine: TransformersEngine, target: Sequence[int], sentence: str, piece: str) -> tuple[int, int]:
