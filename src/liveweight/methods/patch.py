@@ -196,14 +196,8 @@ def _lead(engine: TransformersEngine, final: Tensor, target: Tensor) -> tuple[Te
 
 
 def _due(batch: _Batch) -> list[int]:
-    """The places where some context would say something else.
-
-    Of an opening's places only those that the question as asked needs: what changes how an answer begins is felt by
-    every like question, so another wording that begins otherwise is left to begin so.
-    """
-    missed = (batch.lead < 0) & batch.real
-    openings = set(batch.place[0, missed[0]].tolist())
-    return sorted({place for place in batch.place[missed].tolist() if place < _OPENING or place in openings})
+    """The places where some context would say something else."""
+    return sorted(set(batch.place[(batch.lead < 0) & batch.real].tolist()))
 
 
 def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> list[Tensor]:
@@ -259,7 +253,6 @@ def _optimise(
     The loss is the sum of what the leads fall short. Its least value is known, 0, so each step is Polyak's.
     """
     wanted = torch.isin(batch.place, torch.tensor(due, device=batch.place.device)) & batch.real
-    counts = batch.real & (wanted | (batch.lead >= 0))
     goal = torch.where(wanted, MARGIN, batch.lead.clamp(max=MARGIN) * 0.5)
     # Tokens before the first due one feel nothing: they are part of what was there before.
     first = [int(row.float().argmax()) if bool(row.any()) else len(row) - 1 for row in wanted.cpu()]
@@ -273,7 +266,7 @@ def _optimise(
         (row, replay.column(row, len(context.prompt) - 1 + step), step)
         for row, (context, begin) in enumerate(zip(contexts, first, strict=True))
         for step in range(begin, len(context.target))
-        if bool(counts[row, step])
+        if bool(batch.real[row, step])
     ]
     rows, columns, steps = (torch.tensor(part, device=firing.device) for part in zip(*places, strict=True))
     target, goal = batch.target[rows, steps], goal[rows, steps]
