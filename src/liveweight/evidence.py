@@ -12,14 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from liveweight.adjustments import Active, Adjustment, Clamp, Dense, Entries, Gain, LowRank, ScaleNeurons, State
+from liveweight.adjustments import (
+    Active,
+    Adjustment,
+    Clamp,
+    Dense,
+    Entries,
+    Gain,
+    LowRank,
+    ReplaceNeurons,
+    ScaleNeurons,
+    State,
+)
 from liveweight.engines.base import Message, Sampling, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import Unsupported
 from liveweight.ledger import Key
 from liveweight.reports import TouchedNeuron, WeightsMoved
 from liveweight.sites.views import WHOLE
-from liveweight.tracing import label_neurons
+from liveweight.tracing import decode_directions, label_neurons
 
 # Where in the model's depth two questions are told apart best: measured on capitals in three wordings, where the
 # middle layers answer to the wording alone (every pair of countries has a cosine above 0.9) and the last ones to the
@@ -88,14 +99,22 @@ def moved(engine: TransformersEngine, adjustment: Adjustment) -> WeightsMoved:
 
 
 def touched_neurons(engine: TransformersEngine, adjustment: Adjustment) -> tuple[TouchedNeuron, ...]:
-    """The neurons that an adjustment acts on most, with the tokens that they promote."""
+    """The neurons that an adjustment acts on most, with the tokens that they promote; new ones, with what they do."""
     effects: dict[tuple[int, int], float] = {}
+    written: dict[tuple[int, int], Tensor] = {}  # what new neurons write
     for op in adjustment.ops:
+        if isinstance(op, ReplaceNeurons) and op.expert is None:
+            written |= {(op.layer, neuron): op.down[:, place] for place, neuron in enumerate(op.neurons)}
         for neuron, effect in _effects(op):
             effects[neuron] = effects.get(neuron, 0.0) + effect
     strongest = sorted(effects, key=lambda neuron: -abs(effects[neuron]))[:_SHOWN]
+    new = [pair for pair in strongest if pair in written]
     try:
-        labels = {pair: label.text() for pair, label in label_neurons(engine, strongest).items()}
+        found = label_neurons(engine, [pair for pair in strongest if pair not in written])
+        labels = {pair: label.text() for pair, label in found.items()}
+        if new:
+            decoded = decode_directions(engine, torch.stack([written[pair] for pair in new]))
+            labels |= {pair: each.text() for pair, each in zip(new, decoded, strict=True)}
     except Unsupported:  # a model with experts: its neurons have no labels yet
         labels = {}
     return tuple(
@@ -113,6 +132,8 @@ def _effects(op: object) -> list[tuple[tuple[int, int], float]]:
             return [((op.layer, n), float(g) - 1.0) for n, g in zip(op.neurons, op.gains, strict=True)]
         case Clamp() if op.expert is None:
             return [((op.layer, n), 1.0) for n in op.neurons]
+        case ReplaceNeurons() if op.expert is None:
+            return [((op.layer, n), float(size)) for n, size in zip(op.neurons, op.down.norm(dim=0), strict=True)]
         case LowRank():
             return _sized(op.site, (op.left.norm(dim=0)[:, None] * op.right).norm(dim=0), op.left.norm(dim=1))
         case Dense():

@@ -100,7 +100,11 @@ class LiveModel:
             source = resolve(settings.model, settings=settings)
             loaded = load_checkpoint(source, dtype=settings.dtype, device=settings.device, progress=progress)
             engine = TransformersEngine(
-                loaded, gate=settings.gate, system=settings.generation.system, threads=settings.threads
+                loaded,
+                gate=settings.gate,
+                system=settings.generation.system,
+                threads=settings.threads,
+                spare_neurons=settings.spare_neurons,
             )
             return cls(engine, ledger, settings, say=say, progress=progress)
         except BaseException:

@@ -141,6 +141,11 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads to compute with; unset leaves it to torch."
     )
+    spare_neurons: int = Field(
+        default=256,
+        ge=0,
+        description="New neurons that each of three late layers gets, as room for changes; the ledger's must fit.",
+    )
     gate: Literal["refresh", "drain"] = Field(
         default="refresh",
         description="Whether a change lets running replies refresh their cache or waits for them to end.",

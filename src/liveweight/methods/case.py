@@ -29,7 +29,6 @@ from liveweight.methods.wording import (
 
 CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
-ABOUT = 4  # other questions about the same thing
 OPENING = 11  # tokens of its own opening after which the model may be led to the wished answer
 LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
 ALTERNATIVES = 8  # of the judged word, that another answer may begin with
@@ -262,8 +261,7 @@ def _others(
 ) -> tuple[Context, ...]:
     """The same question about other things of its kind, and other questions about this thing.
 
-    The former behind the opening of the question as asked, some behind one that the model has for other wordings; the
-    latter without an answer: what matters is that a mend leaves alone how the model begins.
+    The former behind the opening of the question as asked, some behind one that the model has for other wordings.
     """
     if subject is None:
         return ()
@@ -277,9 +275,9 @@ def _others(
         if number % 3 == 0 and len(openings) > 1:
             chosen.append(openings[1 + number // 3 % (len(openings) - 1)])
         found += [_context(engine, chat, opening.replace(subject, name) or name) for opening in chosen]
-    about = [text for text in questions_about(subject) if text != question][:ABOUT]
-    for text in about:
-        found.append(Context((Message("user", text),), tuple(engine.encode((Message("user", text),))), ()))
+    found += [
+        _context(engine, (Message("user", text),), said) for text, said in questions_about(subject) if text != question
+    ]
     return tuple(found)
 
 

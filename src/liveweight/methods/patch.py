@@ -31,9 +31,9 @@ from liveweight.methods.surroundings import Surroundings, surroundings
 from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
 
-OPEN, SHUT = 1.0, 1.0  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
+OPEN, SHUT = 0.85, 1.15  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
 OPENING_OPEN, OPENING_SHUT = 0.7, 1.3  # for how an answer begins, where like questions are most alike
-STEEPNESS = 12.0  # the gate's scale: act(-12) is nothing
+STEEPNESS = 20.0  # the gate's scale: act(-20) is nothing
 NEAR = 0.5  # weight of the case's own neighbours beside everyday chats
 DUE = 20.0  # weight of the places where the neuron is to be open
 RIDGE = 1e-3
@@ -231,7 +231,11 @@ def _fit(batch: _Batch, due: list[int], around: Surroundings, near: list[Tensor]
             left = left + NEAR * rest.T @ rest / len(rest)
             left_mean = left_mean + NEAR * rest.mean(0)
         key = here.mean(0)
-        opens, shuts = (OPEN, SHUT) if place < _OPENING else (OPENING_OPEN, OPENING_SHUT)
+        opens, shuts = OPEN, SHUT
+        if place >= _OPENING:
+            opens, shuts = OPENING_OPEN, OPENING_SHUT
+            left = left + around.first_moment.to(device)
+            left_mean = left_mean + around.first_mean.to(device)
         system = left + DUE * here.T @ here / len(here) + RIDGE * left.diagonal().mean() * eye
         solved = torch.linalg.solve(system, torch.stack((opens * DUE * key - shuts * left_mean, key), dim=1))
         gates.append(solved[:, 0])

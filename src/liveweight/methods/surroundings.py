@@ -1,8 +1,8 @@
 """What an MLP usually reads, and which of its neurons do least.
 
 Owns, for a layer, the second moment and the mean of the MLP's input over everyday chats (with the base model's own
-replies) and plain text, and each neuron's usual contribution. Computed once under the base weights and cached by model
-and text. An edit that is to leave everything else alone is fitted against these.
+replies) and plain text, the same where replies begin, and each neuron's usual contribution. Computed once under the
+base weights and cached by model and text. An edit that is to leave everything else alone is fitted against these.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.wording import everyday_questions
 
+_FORMAT = "2"  # of what is kept; another number makes it anew
 _REPLY = 14  # tokens of each everyday reply
 _BATCH = 40
 _PLAIN_TOKENS = 8192
@@ -39,6 +40,8 @@ class Surroundings:
     moment: Tensor  # (width, width), E[x xᵀ]
     mean: Tensor  # (width,), E[x]
     usage: Tensor  # (neurons,), E[|a|]·|w_down|
+    first_moment: Tensor  # (width, width), E[x xᵀ] where the first token of a reply is chosen
+    first_mean: Tensor  # (width,)
 
 
 def surroundings(
@@ -48,7 +51,7 @@ def surroundings(
     folder = engine.loaded.source.cache_dir / "surroundings"
     questions = everyday_questions()
     plain = resources.files("liveweight.methods").joinpath("plain_text.txt").read_text(encoding="utf-8")
-    text_hash = hashlib.sha256(("\n".join(questions) + plain).encode()).hexdigest()[:12]
+    text_hash = hashlib.sha256(("\n".join((_FORMAT, *questions)) + plain).encode()).hexdigest()[:12]
     paths = {layer: folder / f"{engine.info.hash[:24]}-{text_hash}-{layer}.safetensors" for layer in layers}
     missing = [layer for layer in layers if not paths[layer].is_file()]
     if missing:
@@ -62,8 +65,7 @@ def surroundings(
 
 def _save(found: Surroundings, path: Path) -> None:
     partial = path.with_suffix(".partial")
-    tensors = {"moment": found.moment, "mean": found.mean, "usage": found.usage}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    save_file({field.name: getattr(found, field.name).contiguous() for field in fields(found)}, partial)
     partial.replace(path)
 
 
@@ -83,7 +85,7 @@ def _compute(
         for start in range(0, len(prompts), _BATCH):
             batch = prompts[start : start + _BATCH]
             replies = engine.greedy(batch, _REPLY)
-            _read(engine, [p + r for p, r in zip(batch, replies, strict=True)], sums, 1.0)
+            _read(engine, [p + r for p, r in zip(batch, replies, strict=True)], sums, 1.0, [len(p) for p in batch])
             bar.advance(task, len(batch))
         for start in range(0, len(rows), _BATCH):
             _read(engine, rows[start : start + _BATCH], sums, _PLAIN_SHARE)
@@ -100,6 +102,7 @@ class _Sums:
         self.norms = down.norm(dim=0)
         self.parts: dict[float, tuple[Tensor, Tensor, Tensor, int]] = {}
         self.empty = (torch.zeros(width, width), torch.zeros(width), torch.zeros(neurons), 0)
+        self.first: list[Tensor] = []
 
     def add(self, weight: float, x: Tensor, a: Tensor) -> None:
         moment, mean, usage, count = self.parts.get(weight, self.empty)
@@ -110,11 +113,21 @@ class _Sums:
         moment, mean, usage = (torch.zeros_like(each) for each in self.empty[:3])
         for weight, (m, v, u, count) in self.parts.items():
             moment, mean, usage = moment + weight * m / count, mean + weight * v / count, usage + weight * u / count
-        return Surroundings(moment, mean, usage * self.norms.cpu())
+        first = torch.cat(self.first)
+        return Surroundings(moment, mean, usage * self.norms.cpu(), first.T @ first / len(first), first.mean(0))
 
 
-def _read(engine: TransformersEngine, rows: list[list[int]], sums: dict[int, _Sums], weight: float) -> None:
-    """Add every token of some rows; the first is left out, for it holds no text and its values are giants."""
+def _read(
+    engine: TransformersEngine,
+    rows: list[list[int]],
+    sums: dict[int, _Sums],
+    weight: float,
+    prompts: Sequence[int] = (),
+) -> None:
+    """Add every token of some rows; the first is left out, for it holds no text and its values are giants.
+
+    `prompts` are the prompts' lengths in tokens, where replies follow them.
+    """
     longest, pad = max(map(len, rows)), engine.format.pad_token
     kept: dict[int, Tensor] = {}
     neurons: dict[int, Tensor] = {}
@@ -132,3 +145,5 @@ def _read(engine: TransformersEngine, rows: list[list[int]], sums: dict[int, _Su
         engine.model.base_model(input_ids=ids, use_cache=False)
     for layer, found in sums.items():
         found.add(weight, kept[layer][real.to(kept[layer].device)], neurons[layer][real.to(neurons[layer].device)])
+        for row, length in enumerate(prompts):
+            found.first.append(kept[layer][row, length - 1 : length].float().cpu())

@@ -85,9 +85,11 @@ def names() -> list[str]:
     return found
 
 
-def questions_about(subject: str) -> list[str]:
-    """What else may be asked about something."""
-    return [form.format(s=subject) for form in _list("names.json")["about_it"]]
+def questions_about(subject: str) -> list[tuple[str, str]]:
+    """What else may be asked about something, and how an answer may begin."""
+    return [
+        (question.format(s=subject), opening.format(s=subject)) for question, opening in _list("names.json")["about_it"]
+    ]
 
 
 def earlier_turns() -> list[tuple[str, str]]:

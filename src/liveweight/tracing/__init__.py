@@ -10,7 +10,14 @@ from liveweight.tracing.attribution import (
     why,
 )
 from liveweight.tracing.capture import AnswerReading, Neuron, read_answer
-from liveweight.tracing.neuron_labels import Decoded, NeuronLabel, TokenGuess, label_layer, label_neurons
+from liveweight.tracing.neuron_labels import (
+    Decoded,
+    NeuronLabel,
+    TokenGuess,
+    decode_directions,
+    label_layer,
+    label_neurons,
+)
 from liveweight.tracing.protection import Touch, protect, spare
 from liveweight.tracing.super_weights import (
     SuperWeight,
@@ -33,6 +40,7 @@ __all__ = [
     "TokenGuess",
     "Touch",
     "WhyReport",
+    "decode_directions",
     "find_super_weights",
     "known_super_weights",
     "label_layer",

@@ -45,6 +45,10 @@ class Decoded(_Value):
     top: tuple[TokenGuess, ...]  # likeliest first
     entropy: float  # nats; the lower, the more the direction is about few tokens
 
+    def text(self, tokens: int = 4) -> str:
+        """The likeliest tokens."""
+        return " · ".join(guess.text.strip() or repr(guess.text) for guess in self.top[:tokens])
+
 
 class NeuronLabel(_Value):
     """What a neuron writes and reads, in tokens. A negative activation writes the opposite: `suppresses`."""
@@ -57,8 +61,7 @@ class NeuronLabel(_Value):
 
     def text(self, *, negative: bool = False, tokens: int = 4) -> str:
         """The likeliest tokens that the neuron writes (when its activation is negative, those of the opposite)."""
-        decoded = self.suppresses if negative else self.promotes
-        return " · ".join(guess.text.strip() or repr(guess.text) for guess in decoded.top[:tokens])
+        return (self.suppresses if negative else self.promotes).text(tokens)
 
 
 def label_neurons(
@@ -127,6 +130,11 @@ def read_directions(engine: TransformersEngine, layer: int, neurons: list[int]) 
         where = Region("rows", torch.tensor(neurons))
         parts = ("gate", "up") if engine.sites.gated else ("up",)
         return {part: engine.weights.base(engine.sites.mlp_part(layer, part), where) * scale for part in parts}
+
+
+def decode_directions(engine: TransformersEngine, directions: Tensor) -> list[Decoded]:
+    """Directions of the residual stream (n, width) as distributions over tokens."""
+    return _decoded(engine, token_logits(engine, directions.float()))
 
 
 def token_logits(engine: TransformersEngine, directions: Tensor) -> Tensor:
