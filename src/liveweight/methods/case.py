@@ -83,7 +83,7 @@ def build_case(
         messages=turns,
         answer=answer,
         answer_tokens=tuple(answer_tokens),
-        wanted=sentence,
+        wanted=engine.format.decode(contexts[0].target).strip(),
         contexts=contexts,
         subject=subject,
         others=_others(engine, question, contexts, subject),
