@@ -370,11 +370,7 @@ class Judge:
         engine = self._engine
         final = engine.record([[*prompt, *answer]], [len(prompt) - 1]).final[0, : len(answer)]
         with engine.gate.step(), torch.inference_mode():
-            logits = engine.unembed(final).float()
-        tokens = torch.tensor(list(answer), device=logits.device)[:, None]
-        own = logits.gather(1, tokens)[:, 0]
-        others = logits.scatter(1, tokens, float("-inf")).max(-1).values
-        return float((own - others).min())
+            return float(engine.leads(final, torch.tensor(list(answer), device=final.device))[0].min())
 
     # ------------------------------------------------------------------------------------------------ moves
 

@@ -5,12 +5,15 @@ The three verbs differ only in what is said; their options are the same, so they
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_options
+
+if TYPE_CHECKING:
+    from liveweight.reports import Kind
 
 Method = Annotated[str | None, typer.Option(help="Which method proposes; auto tries them in turn.")]
 Preview = Annotated[bool, typer.Option("--preview", help="Show the report and commit nothing.")]
@@ -39,10 +42,8 @@ def fix(
         asked, wanted = None, question
     if wanted is None:
         raise typer.BadParameter("Give the right answer too.", param_hint="ANSWER")
-    with session.opened(options) as live:
-        judged = session.meant(live, reply, asked)
-        change = live.fix(judged, wanted, method=method, preview=preview, force=force, keep_both=keep_both)
-        output.print_change(change, as_json=options.json)
+    how = {"method": method, "preview": preview, "force": force, "keep_both": keep_both}
+    _judge(options, "fix", reply, asked, wanted, how)
 
 
 @takes_options
@@ -57,10 +58,8 @@ def bad(
     keep_both: KeepBoth = False,
 ) -> None:
     """Make the model stop giving an answer. It does not teach a right one: `fix` does."""
-    with session.opened(options) as live:
-        judged = session.meant(live, reply, question)
-        change = live.bad(judged, reason, method=method, preview=preview, force=force, keep_both=keep_both)
-        output.print_change(change, as_json=options.json)
+    how = {"method": method, "preview": preview, "force": force, "keep_both": keep_both}
+    _judge(options, "bad", reply, question, reason, how)
 
 
 @takes_options
@@ -75,7 +74,14 @@ def good(
     keep_both: KeepBoth = False,
 ) -> None:
     """Protect an answer from later changes, and make the model surer of it where its lead is thin."""
+    how = {"method": method, "preview": preview, "force": force, "keep_both": keep_both}
+    _judge(options, "good", reply, question, reason, how)
+
+
+def _judge(
+    options: Options, verb: Kind, reply: str | None, question: str | None, said: str | None, how: dict[str, Any]
+) -> None:
+    """Judge the reply that is meant, `said` being the right answer or the reason, and show what came of it."""
     with session.opened(options) as live:
-        judged = session.meant(live, reply, question)
-        change = live.good(judged, reason, method=method, preview=preview, force=force, keep_both=keep_both)
+        change = getattr(live, verb)(session.meant(live, reply, question), said, **how)
         output.print_change(change, as_json=options.json)

@@ -303,12 +303,13 @@ class TransformersEngine:
         """The tree to run in now; None while a hook is on the model, for hooks count positions."""
         if self.activations.hooks:
             return None
-        if self._trees is None:
-            return PrefixTree(self.model, self.sites, patchable_layers(self.sites.layers))
         key = state_hash(self.weights.state)
-        if key not in self._trees or len(self._trees[key]) > _REMEMBERED:
-            self._trees[key] = PrefixTree(self.model, self.sites, patchable_layers(self.sites.layers))
-        return self._trees[key]
+        tree = None if self._trees is None else self._trees.get(key)
+        if tree is None or len(tree) > _REMEMBERED:
+            tree = PrefixTree(self.model, self.sites, patchable_layers(self.sites.layers))
+            if self._trees is not None:
+                self._trees[key] = tree
+        return tree
 
     # --------------------------------------------------------------------------------------------- measuring
 
@@ -402,6 +403,17 @@ class TransformersEngine:
         """Logits (N, k) of some tokens (N, k) behind what leaves the final norm (N, width)."""
         return unembed_tokens(self.model, self.sites, final, tokens)
 
+    def leads(self, final: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats by which each token (N,) leads the best other one behind `final` (N, width), and that other token (N,).
+
+        Below zero it trails. Differentiable in `final`, without a gradient as large as the vocabulary.
+        """
+        with torch.no_grad():
+            logits = self.unembed(final)
+            other = logits.scatter(1, tokens[:, None], float("-inf")).argmax(1)
+        pair = self.unembed_tokens(final, torch.stack((tokens, other), dim=1)).float()
+        return pair[:, 0] - pair[:, 1], other
+
     def trace(
         self,
         tokens: Sequence[int],
@@ -458,17 +470,17 @@ class TransformersEngine:
         answer, against = objective.answer, objective.against
         if not answer:
             raise InvalidInput("The objective has no answer.", hint="Give the answer's tokens.")
-        logits = self.unembed(final[prompt - 1 : prompt - 1 + len(answer)]).float()
+        final = final[prompt - 1 : prompt - 1 + len(answer)]
         if not against:
-            chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
-            others = logits.detach().scatter(1, torch.tensor(answer, device=logits.device)[:, None], float("-inf"))
-            return (chosen - logits.gather(1, others.argmax(-1, keepdim=True))[:, 0]).sum()
+            return self.leads(final, torch.tensor(answer, device=final.device))[0].sum()
         apart = next((i for i, (a, b) in enumerate(zip(answer, against, strict=False)) if a != b), None)
         if apart is None:
             raise InvalidInput(
                 "The two answers begin alike, so there is no margin between them.", hint="Give two different answers."
             )
-        return logits[apart, answer[apart]] - logits[apart, against[apart]]
+        pair = torch.tensor([[answer[apart], against[apart]]], device=final.device)
+        logits = self.unembed_tokens(final[apart : apart + 1], pair).float()[0]
+        return logits[0] - logits[1]
 
 
 def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:

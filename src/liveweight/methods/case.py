@@ -131,23 +131,25 @@ def _as_opened(engine: TransformersEngine, contexts: tuple[Context, ...], piece:
     replies = engine.greedy([contexts[index].prompt for index in elsewhere], OPENING)
     slots: list[tuple[int, Context]] = []
     for index, reply in zip(elsewhere, replies, strict=True):
-        said = first_sentence(engine.format.decode(reply))
-        pieces = said.split(" ")
-        for end in range(2, len(pieces)):
-            opening = " ".join(pieces[:end])
+        for opening in _openings(first_sentence(engine.format.decode(reply))):
             if opening[-1].isalnum() and len(engine.format.encode_text(opening)) < OPENING - 1:
                 slots.append((index, _context(engine, contexts[index].messages, f"{opening} {piece}.", piece)))
     likely: dict[int, tuple[float, Context]] = {}
     found = engine.score([_answer_item(context) for _, context in slots])
     for (index, context), score in zip(slots, found, strict=True):
-        logprob = score.total
-        if index not in likely or logprob > likely[index][0]:
-            likely[index] = (logprob, context)
+        if index not in likely or score.total > likely[index][0]:
+            likely[index] = (score.total, context)
     opened = list(contexts)
     for index, (logprob, context) in likely.items():
         if logprob > float(scores[index].logprobs[slice(*contexts[index].key)].sum()) - LEEWAY:
             opened[index] = context
     return tuple(opened)
+
+
+def _openings(sentence: str) -> list[str]:
+    """How a sentence begins: its first two words or more, without its last one."""
+    words = sentence.split(" ")
+    return [" ".join(words[:end]) for end in range(2, len(words))]
 
 
 def _answer_item(context: Context) -> ScoreItem:
@@ -161,12 +163,9 @@ def _best_statement(
 ) -> str:
     """The sentence for the wished answer that the model itself would most likely say."""
     candidates = statements(question, wanted)
-    said = first_sentence(answer)
     words = content_words(question)
     # The model's own opening is a candidate too, as far as it is about what was asked.
-    pieces = said.split(" ")
-    for end in range(2, len(pieces)):
-        opening = " ".join(pieces[:end])
+    for opening in _openings(first_sentence(answer)):
         if words and len(words & content_words(opening)) >= 0.75 * len(words):
             candidates.append(f"{opening} {wanted.rstrip('.')}.")
     candidates = list(dict.fromkeys(candidates))[:12]
@@ -187,12 +186,13 @@ def _next_best(
     prompt = engine.encode(turns)
     judged = first_sentence(engine.format.decode(answer)).lower()
     asked = content_words(question)
-    for position in _openings(engine, answer, asked):
+    for position in _claim_starts(engine, answer, asked):
         head = answer[:position]
         opening = engine.format.decode(head)
         claims = _claims(first_sentence(engine.format.decode(answer[position:])), asked)
+        final = engine.record([[*prompt, *head]], [len(prompt) + len(head) - 1]).final[0, 0]
         with engine.gate.step(), torch.no_grad():
-            logprobs = _next_logits(engine, [*prompt, *head]).log_softmax(-1)
+            logprobs = engine.unembed(final).float().cpu().log_softmax(-1)
         for token in logprobs.topk(ALTERNATIVES).indices.tolist():
             if token == answer[position] or token in engine.format.end_tokens:
                 continue
@@ -215,13 +215,7 @@ def _claims(text: str, asked: set[str]) -> list[str]:
     return [word for word in re.findall(r"\w+", text.lower()) if content_words(word) - asked]
 
 
-def _next_logits(engine: TransformersEngine, ids: list[int]) -> Tensor:
-    device = engine.model.device
-    output = engine.model.base_model(input_ids=torch.tensor([ids], device=device), use_cache=False)
-    return engine.unembed(output.last_hidden_state[0, -1]).float().cpu()
-
-
-def _openings(engine: TransformersEngine, answer: list[int], asked: set[str]) -> list[int]:
+def _claim_starts(engine: TransformersEngine, answer: list[int], asked: set[str]) -> list[int]:
     """Positions in the answer where a word begins that the question did not bring, the likeliest first."""
     found: list[tuple[bool, int]] = []
     words, first = 0, None

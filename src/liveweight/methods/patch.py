@@ -158,7 +158,7 @@ def _read(engine: TransformersEngine, case: Case, layer: int) -> _Batch:
             own = slice(0, len(context.target))
             x[row, own], real[row, own] = read.float(), True
             target[row, own] = torch.tensor(context.target)
-            lead[row, own], other = _lead(engine, final, target[row, own])
+            lead[row, own], other = engine.leads(final, target[row, own])
             # The last token, the full stop, only counts where the word before it would go on.
             end = len(context.target) - 1
             if end > 0 and lead[row, end] < 0 and not engine.format.decode([int(other[end])])[:1].isalnum():
@@ -181,18 +181,6 @@ def _places(case: Case, length: int) -> Tensor:
             behind = position - start
             place[row, position] = behind if behind >= 0 else _OPENING * (number + 1) + position
     return place
-
-
-def _lead(engine: TransformersEngine, final: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Nats by which each target (N,) leads the best other token behind `final` (N, width), and that other token (N,).
-
-    Differentiable in `final`, without a gradient as large as the vocabulary.
-    """
-    with torch.no_grad():
-        logits = engine.unembed(final)
-        other = logits.scatter_(1, target[:, None], float("-inf")).argmax(1)
-    pair = engine.unembed_tokens(final, torch.stack((target, other), dim=1)).float()
-    return pair[:, 0] - pair[:, 1], other
 
 
 def _due(batch: _Batch) -> list[int]:
@@ -287,7 +275,7 @@ def _optimise(
                 final = replay.run(layer, stream)
             finally:
                 handle.remove()
-            gap = torch.relu(goal - _lead(engine, final[rows, columns], target)[0])
+            gap = torch.relu(goal - engine.leads(final[rows, columns], target)[0])
             worst = float(gap.detach().max())
             if worst < CLOSE * MARGIN:
                 break
