@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -119,8 +120,11 @@ def run(options: argparse.Namespace) -> int:
         meters = Meters(live, options, right)
     parts: dict[str, Callable[..., None]] = {"single": single, "lora": lora, "all": together, "bad": bad}
     for name in options.only:
-        with model(options) as live:
+        kept = options.json.with_suffix(".workspace") if name == "all" else None
+        with model(options, kept) as live:
             parts[name](options, live, meters.on(live), records, wrong, right)
+        if kept is not None:
+            shutil.rmtree(kept)
     text = table(records.data)
     print(text)
     if options.markdown:
@@ -196,32 +200,33 @@ def together(
     wrong: list[Asked],
     right: list[Asked],
 ) -> None:
-    """Good answers first, then every fix in one model, then all of it undone in random order."""
+    """Good answers first, then every fix in one model, then all of it undone in random order.
+
+    Its workspace lies beside the JSON file until the part is done, so that it can be resumed.
+    """
     if records.rows("all"):
         return
-    base = live.fingerprints()
-    goods: list[tuple[Asked, str]] = []
-    good_rows: list[dict[str, Any]] = []
-    for _, asked in steps("good", right[:GOODS], []):
+    base = records.data.setdefault("base", live.fingerprints())
+    for _, asked in steps("good", right[:GOODS], records.rows("goods")):
         reply = live.chat(asked.question, max_tokens=TOKENS)
         row, _ = judged(lambda reply=reply: live.good(reply))
-        good_rows.append(row | {"question": asked.question})
-        goods.append((asked, reply.text))
-    fix_rows: list[dict[str, Any]] = []
-    for _, asked in steps("fixes in one model", wrong, []):
+        records.add("goods", row | {"question": asked.question, "reply": reply.text})
+    for _, asked in steps("fixes in one model", wrong, records.rows("fixes")):
         reply = live.chat(asked.question, max_tokens=TOKENS)
+        row = {"question": asked.question, "before": reply.text}
         if says(reply.text, asked.wanted):
-            fix_rows.append({"question": asked.question, "already": True})
+            records.add("fixes", row | {"already": True})
             continue
-        row, _ = judged(lambda reply=reply, asked=asked: live.fix(reply, asked.wanted, method=options.method))
-        fix_rows.append(row | {"question": asked.question, "before": reply.text})
+        done, _ = judged(lambda reply=reply, asked=asked: live.fix(reply, asked.wanted, method=options.method))
+        records.add("fixes", row | done)
     say("measuring the model with every fix in it")
     texts = answer_batch(live.engine, [each.question for each in wrong], TOKENS)
     held = answer_batch(live.engine, [text for each in wrong for text in each.held_out], TOKENS)
     wanted = [each.wanted for each in wrong for _ in each.held_out]
     found = meters.neighbours.measure()
     values = meters.kl.measure()
-    protected = answer_batch(live.engine, [asked.question for asked, _ in goods], TOKENS)
+    goods = records.rows("goods")
+    protected = answer_batch(live.engine, [row["question"] for row in goods], TOKENS)
     summary = {
         "right": [says(text, asked.wanted) for text, asked in zip(texts, wrong, strict=True)],
         "held_out": [says(text, answer) for text, answer in zip(held, wanted, strict=True)],
@@ -232,9 +237,7 @@ def together(
         "changed": list(found.changed),
         "kl": sum(values) / len(values),
         "perplexity": meters.perplexity.ratio(),
-        "goods_same": [same_first_sentence(a, b) for a, (_, b) in zip(protected, goods, strict=True)],
-        "good_rows": good_rows,
-        "fix_rows": fix_rows,
+        "goods_same": [same_first_sentence(a, row["reply"]) for a, row in zip(protected, goods, strict=True)],
     }
     summary["undone"] = undo_all(live)
     after = live.fingerprints()
@@ -282,10 +285,10 @@ def bad(
 
 
 @contextmanager
-def model(options: argparse.Namespace) -> Iterator[LiveModel]:
-    """The model in its base state, with a workspace that is thrown away."""
+def model(options: argparse.Namespace, workspace: Path | None = None) -> Iterator[LiveModel]:
+    """The model in its base state with a workspace that is thrown away, or as the given workspace has it."""
     with tempfile.TemporaryDirectory(prefix="liveweight-benchmark-") as folder:
-        settings = Settings(model=options.model, workspace=Path(folder))
+        settings = Settings(model=options.model, workspace=workspace or Path(folder))
         with LiveModel.load(settings=settings, progress=False) as live:
             yield live
 

@@ -100,6 +100,25 @@ def test_a_protected_answer_that_would_change_is_named(engine: TransformersEngin
     assert any("protected" in reason for reason in broken.reasons)
 
 
+def test_a_protected_answer_is_judged_on_what_earlier_changes_made_of_it(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    prompt = tuple(engine.encode((Message("user", "keep this"),)))
+    below, above = change(engine, 50.0, 0), change(engine, 80.0, 1)
+    with engine.preview(below):
+        item = ProtectedItem("keep this", prompt, tuple(engine.greedy([prompt], 6)[0]))
+    with engine.preview((*below, *above)):
+        broken = item.answer != tuple(engine.greedy([prompt], 6)[0])
+    assert broken and item.answer != tuple(engine.greedy([prompt], 6)[0])
+    guard = Guard(engine, SETTINGS, tmp_path, PROBES)
+    guard.measure(above, protected=[item], progress=False)  # what a layer read then is not what it reads later
+    engine.become(below)
+    report = guard.measure((*below, *above), protected=[item], progress=False)
+    assert [changed.text for changed in report.protected_changed] == ["keep this"]
+    engine.become((*below, *above))
+    assert guard.measure((*below, *above), protected=[item], progress=False).protected_changed == ()
+
+
 def test_the_question_itself_is_left_out(engine: TransformersEngine, tmp_path: Path) -> None:
     report = Guard(engine, SETTINGS, tmp_path, PROBES).measure((), leave_out=["Ask one"], progress=False)
     assert report.items == len(PROBES) - 1

@@ -93,7 +93,10 @@ class Guard:
         self._rows: list[_Row] | None = None
         self._final: list[Tensor] = []  # a row: (T, width), what left the base's final norm at the measured positions
         self._inputs: dict[int, list[Tensor]] = {}  # layer -> a row: (all T, width)
-        self._protected_inputs: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._protected_inputs: dict[
+            tuple[int, tuple[int, ...]], Tensor
+        ] = {}  # layer, tokens -> (T, width), the base's
+        self._protected_seen: dict[str, dict[tuple[int, ...], _Seen]] = {}  # state hash -> tokens -> what they showed
         self._seen: dict[str, dict[str, _Seen]] = {}  # state hash -> probe id -> what it showed
 
     def measure(
@@ -239,32 +242,35 @@ class Guard:
         """Protected answers that hold now and would not hold after the change."""
         if not protected:
             return []
-        layer = self._first_changed(now, after)
         rows = [_Row(item.label, (*item.prompt, *item.answer), len(item.prompt)) for item in protected]
-        wanted = [(layer, row.tokens) for row in rows]
-        missing = [i for i, key in enumerate(wanted) if key not in self._protected_inputs] if layer >= 0 else []
+        layer = min(self._first_changed((), state) for state in (now, after))
+        seen = [self._forced(state, rows, layer) for state in (now, after)]
+        return [
+            self._changed(row, old, new)
+            for row, old, new in zip(rows, *seen, strict=True)
+            if self._answer(old, row) != self._answer(new, row)
+        ]
+
+    def _forced(self, state: State, rows: Sequence[_Row], layer: int) -> list[_Seen]:
+        """What protected answers show in a state that differs from the base from `layer` on; each is run once."""
+        key = state_hash(state)
+        # The state before a change is the one that was proposed last, or one of the few that were tried for it.
+        known = self._protected_seen.pop(key, {})
+        self._protected_seen = {**dict(list(self._protected_seen.items())[-4:]), key: known}
+        missing = [i for i, row in enumerate(rows) if row.tokens not in known]
+        unread = [i for i in missing if (layer, rows[i].tokens) not in self._protected_inputs] if layer >= 0 else []
+        for batch in _batches(unread, rows):
+            tokens = [rows[i].tokens for i in batch]
+            with self.engine.preview(()), torch.inference_mode():
+                _, kept = run_whole(self.engine.model, self.engine.sites, tokens, keep=layer)
+            self._protected_inputs |= {(layer, row): found for row, found in zip(tokens, kept, strict=True)}
         for batch in _batches(missing, rows):
-            with self.engine.gate.step(), torch.inference_mode():
-                _, kept = run_whole(
-                    self.engine.model,
-                    self.engine.sites,
-                    [rows[i].tokens for i in batch],
-                    keep=layer,
-                )
-            self._protected_inputs.update({wanted[i]: found for i, found in zip(batch, kept, strict=True)})
-        broken = []
-        for batch in _batches(list(range(len(rows))), rows):
-            inputs = [self._protected_inputs[wanted[i]] for i in batch] if layer >= 0 else None
-            seen = []
-            for state in (now, after):
-                with self.engine.preview(state), torch.inference_mode():
-                    some = [rows[i] for i in batch]
-                    final = list(self._run(some, layer, inputs))
-                    seen.append(self._judge(some, final, [None] * len(some)))
-            for i, old, new in zip(batch, *seen, strict=True):
-                if self._answer(old, rows[i]) != self._answer(new, rows[i]):
-                    broken.append(self._changed(rows[i], old, new))
-        return broken
+            some = [rows[i] for i in batch]
+            inputs = [self._protected_inputs[layer, row.tokens] for row in some] if layer >= 0 else None
+            with self.engine.preview(state), torch.inference_mode():
+                judged = self._judge(some, list(self._run(some, layer, inputs)), [None] * len(some))
+            known |= {row.tokens: found for row, found in zip(some, judged, strict=True)}
+        return [known[row.tokens] for row in rows]
 
     def _run(self, rows: list[_Row], layer: int, inputs: list[Tensor] | None) -> Iterator[Tensor]:
         """(T, width) of each row at the positions that predict what is measured. Called inside a preview."""

@@ -41,6 +41,8 @@ MARGIN = 4.0  # nats by which a mended token is to lead
 CLOSE = 0.3  # of MARGIN: near enough to stop
 LONGEST_STEP = 1.0  # of the residual stream's usual norm
 MOST_NEURONS = 64
+PREVIOUS = 16  # protected answers, those to the most alike prompts, that the gates are fitted against
+USUAL = 16  # neurons that a mend seldom needs more of: what must be left of a layer's spare ones
 _OPENING = 1000  # places from here on are in an opening
 
 
@@ -107,12 +109,16 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 
 
 def _layer(engine: TransformersEngine, settings: MethodSettings) -> int:
-    """The wished layer, or the one of a few late layers that holds the fewest patches."""
+    """The wished layer; or the first of a few late ones that has spare neurons left, else the one with fewest patches.
+
+    Patches of one layer read what no other of them moves, so they are kept together while there is room.
+    """
     if settings.layer is not None:
         engine.sites.check_layer(settings.layer)
         return settings.layer
-    taken = _taken(engine)
-    return min(patchable_layers(engine.sites.layers), key=lambda each: (len(taken.get(each, ())), each))
+    taken, layers = _taken(engine), patchable_layers(engine.sites.layers)
+    roomy = [each for each in layers if len(taken.get(each, ())) + USUAL <= engine.sites.spare_of(each)]
+    return roomy[0] if roomy else min(layers, key=lambda each: len(taken.get(each, ())))
 
 
 def _taken(engine: TransformersEngine) -> dict[int, set[int]]:
@@ -193,7 +199,9 @@ def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> list[Tens
 
     Apart, because a neuron for how an answer begins has its likes there and nowhere else.
     """
-    rows = [*((context.prompt, context.target) for context in case.others), *case.previous[-32:]]
+    asked = set(case.contexts[0].prompt)
+    previous = sorted(case.previous, key=lambda pair: -len(asked.intersection(pair[0])))[:PREVIOUS]
+    rows = [*((context.prompt, context.target) for context in case.others), *previous]
     if not rows:
         return []
     seen = engine.read([(*prompt, *reply) for prompt, reply in rows], [len(prompt) - 1 for prompt, _ in rows], layer)
