@@ -40,7 +40,7 @@ def single(rows: Sequence[Row]) -> list[Line]:
     """Each fix alone."""
     if not rows:
         return []
-    held = [each for row in rows for each in row["held_out"]]
+    held, unseen = ([each for row in rows for each in row[name]] for name in ("held_out", "unseen"))
     # A change that was refused did no damage, and must not dilute that of the others.
     done = [row for row in rows if row["state"] == "active"]
     neighbours = sum(row["neighbours"] for row in done)
@@ -53,6 +53,7 @@ def single(rows: Sequence[Row]) -> list[Line]:
     lines = [
         share("`fix`, one at a time: right answer to the question asked", [row["right"] for row in rows], 0.98),
         share("the same in 4 wordings that no method sees", held, 0.85),
+        share("the same in 4 more, by somebody who had not seen the methods", unseen, None),
         share_of("answers to the neighbours unchanged", unchanged, neighbours, 0.99),
         share_of("answers to the neighbours still right", right, neighbours, None),
     ]
@@ -126,6 +127,7 @@ def together(runs: Sequence[Row]) -> list[Line]:
     return [
         share(f"all {len(run['right'])} fixes in one model: still right", run["right"], 0.95),
         share("the same in 4 wordings that no method sees", run["held_out"], None),
+        share("the same in 4 more, by somebody who had not seen the methods", run["unseen"], None),
         share_of("neighbours unchanged", run["unchanged"], run["neighbours"], 0.97),
         share_of("neighbours still right", run["still_right"], run["neighbours"], None),
         Line("mean KL on 100 instructions, nats a token", "", f"{run['kl']:.5f}", None),

@@ -222,6 +222,7 @@ def together(
     say("measuring the model with every fix in it")
     texts = answer_batch(live.engine, [each.question for each in wrong], TOKENS)
     held = answer_batch(live.engine, [text for each in wrong for text in each.held_out], TOKENS)
+    unseen = answer_batch(live.engine, [text for each in wrong for text in each.unseen], TOKENS)
     wanted = [each.wanted for each in wrong for _ in each.held_out]
     found = meters.neighbours.measure()
     values = meters.kl.measure()
@@ -230,6 +231,7 @@ def together(
     summary = {
         "right": [says(text, asked.wanted) for text, asked in zip(texts, wrong, strict=True)],
         "held_out": [says(text, answer) for text, answer in zip(held, wanted, strict=True)],
+        "unseen": [says(text, answer) for text, answer in zip(unseen, wanted, strict=True)],
         "texts": texts,
         "neighbours": found.count,
         "unchanged": found.unchanged,
@@ -309,9 +311,11 @@ def judged(judge: Callable[[], Change]) -> tuple[dict[str, Any], Change | None]:
 
 def answers_to(live: LiveModel, asked: Asked) -> dict[str, Any]:
     """Whether the wanted answer comes: to the question as asked, and in the held-out wordings."""
-    texts = answer_batch(live.engine, [asked.question, *asked.held_out], TOKENS)
-    verdicts = [says(text, asked.wanted) for text in texts]
-    return {"right": verdicts[0], "held_out": verdicts[1:], "texts": [first_sentence(text) for text in texts]}
+    texts = answer_batch(live.engine, [asked.question, *asked.held_out, *asked.unseen], TOKENS)
+    first, *others = (says(text, asked.wanted) for text in texts)
+    split = len(asked.held_out)
+    row = {"right": first, "held_out": others[:split], "unseen": others[split:]}
+    return row | {"texts": [first_sentence(text) for text in texts]}
 
 
 def case_of(live: LiveModel, reply: Reply, asked: Asked) -> Case:
@@ -323,7 +327,7 @@ def case_of(live: LiveModel, reply: Reply, asked: Asked) -> Case:
 def require_held_out(case: Case, asked: Asked) -> None:
     """Raises InvalidInput where a held-out wording is one that the methods see."""
     seen = {normalised(message.content) for context in case.contexts for message in context.messages}
-    leaked = [wording for wording in asked.held_out if normalised(wording) in seen]
+    leaked = [wording for wording in (*asked.held_out, *asked.unseen) if normalised(wording) in seen]
     if leaked:
         raise InvalidInput(
             f"The held-out wording {leaked[0]!r} is one of the contexts that a fix of {asked.question!r} is fitted to.",

@@ -32,6 +32,7 @@ class Asked:
     question: str
     answers: tuple[str, ...]
     held_out: tuple[str, ...]
+    unseen: tuple[str, ...]
     reply: tuple[int, ...]
 
     @property
@@ -67,7 +68,7 @@ def base_answers(live: LiveModel, data: Path, wrong: int, right: int, tokens: in
 
 
 def _asked(question: CountryQuestion, reply: tuple[int, ...]) -> Asked:
-    return Asked(question.question, question.answers, question.held_out, reply)
+    return Asked(question.question, question.answers, question.held_out, question.unseen, reply)
 
 
 class Records:

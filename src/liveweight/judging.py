@@ -24,7 +24,7 @@ from liveweight.ladder import Climb, Found, Limits, Phases, Say, climb, rungs
 from liveweight.ledger import Change as Record
 from liveweight.ledger import Ledger, Move, Proposal, ProtectedAnswer
 from liveweight.methods import build_case, works
-from liveweight.methods.base import Case
+from liveweight.methods.base import Answered, Case
 from liveweight.reports import Change, Kind, Replaced, Reply, Report
 from liveweight.settings import Settings
 
@@ -165,7 +165,7 @@ class Judge:
         released = () if said.kind == "good" else tuple(each for each in same if each.change not in replaced)
         return _Work(said, options, case, phases, conflicts, released, key, digest)
 
-    def _previous(self, reply: Reply) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def _previous(self, reply: Reply) -> list[Answered]:
         """Prompt and answer tokens of what is protected, but for this very question."""
         own = prompt_hash(reply.prompt)
         return [

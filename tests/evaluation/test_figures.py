@@ -13,6 +13,7 @@ MENDED = {
     "method": "patch",
     "right": True,
     "held_out": [True, True, True, False],
+    "unseen": [True, True, True, False],
     "neighbours": 100,
     "unchanged": 99,
     "still_right": 100,
@@ -25,7 +26,8 @@ REFUSED = {
     "question": "q2",
     "state": "guard_refused",
     "right": False,
-    "held_out": [False] * 4,
+    "held_out": [False],
+    "unseen": [False] * 4,
     "neighbours": 100,
     "unchanged": 100,
     "still_right": 100,
@@ -52,12 +54,19 @@ def test_refused_cases_count_as_not_mended_and_do_not_dilute_the_damage() -> Non
 
 
 def test_lora_is_compared_on_the_same_cases_only() -> None:
-    lora = {"question": "q1", "seconds": 8.0, "right": True, "held_out": [True] * 2 + [False] * 2, "contexts": 8}
+    lora = {
+        "question": "q1",
+        "seconds": 8.0,
+        "right": True,
+        "held_out": [True],
+        "unseen": [True] * 2 + [False] * 2,
+        "contexts": 8,
+    }
     slow = MENDED | {"question": "q3", "propose": 50.0}
     text = table(HEAD | {"single": [MENDED, slow], "lora": [lora]})
     assert line(text, "our proposal, 1 of the same cases")[2].startswith("2.00 s")
     assert line(text, "our seconds / LoRA's")[2:] == ["0.25", "yes"]
-    better = table(HEAD | {"single": [MENDED], "lora": [lora | {"held_out": [True] * 4}]})
+    better = table(HEAD | {"single": [MENDED], "lora": [lora | {"held_out": [True], "unseen": [True] * 4}]})
     assert line(better, "our seconds / LoRA's")[3] == "**no**"
     refused = table(HEAD | {"single": [MENDED, REFUSED], "lora": [lora, lora | {"question": "q2"}]})
     assert line(refused, "our seconds / LoRA's")[3] == "**no**"  # 3 of 8 in other wordings, against 4 of 8
@@ -67,6 +76,7 @@ def test_one_tensor_that_differs_is_not_an_exact_undo() -> None:
     run = {
         "right": [True] * 19 + [False],
         "held_out": [True],
+        "unseen": [True],
         "unchanged": 97,
         "still_right": 98,
         "neighbours": 100,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from liveweight.errors import InvalidInput
-from liveweight.evaluation import ASKED, HELD_OUT, country_questions
+from liveweight.evaluation import ASKED, HELD_OUT, UNSEEN, country_questions, normalised
+from liveweight.methods.wording import rephrase
 
 
 def written(folder: Path, countries: object) -> Path:
@@ -45,11 +46,19 @@ def test_a_question_that_holds_its_answer_is_left_out(tmp_path: Path) -> None:
     assert [each.relation for each in country_questions(file)] == ["languages"]
 
 
-def test_every_relation_has_four_wordings_none_of_which_is_the_question() -> None:
-    assert HELD_OUT.keys() == ASKED.keys()
-    for relation, wordings in HELD_OUT.items():
-        assert len({*wordings, ASKED[relation]}) == 5
+def test_every_relation_has_eight_wordings_none_of_which_is_the_question() -> None:
+    assert HELD_OUT.keys() == UNSEEN.keys() == ASKED.keys()
+    for relation, asked in ASKED.items():
+        wordings = {*HELD_OUT[relation], *UNSEEN[relation]}
+        assert len({*wordings, asked}) == 9
         assert all("{country}" in wording for wording in wordings)
+
+
+def test_no_method_sees_a_held_out_wording() -> None:
+    for relation, asked in ASKED.items():
+        seen = {normalised(text) for text in rephrase(asked.format(country="Peru"), 100)}
+        held_out = {normalised(text.format(country="Peru")) for text in (*HELD_OUT[relation], *UNSEEN[relation])}
+        assert not seen & held_out
 
 
 @pytest.mark.parametrize("content", ["{", '{"name": 1}', '[{"name": "Aruba"}]'])

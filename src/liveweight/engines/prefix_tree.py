@@ -139,9 +139,11 @@ class PrefixTree:
         self._branches = Branches(model)
         parameter = next(model.parameters())
         empty = parameter.detach().new_zeros(1, sites.kv_heads, 0, sites.head_dim)
-        self._layers: KeysAndValues = [(empty, empty) for _ in range(sites.layers)]  # over all nodes that were run
+        # Over all nodes that were run, and with room for more behind them:
+        self._layers: KeysAndValues = [(empty, empty) for _ in range(sites.layers)]
         self.final = parameter.detach().new_zeros(0, sites.width)  # (nodes, width), as the unembedding reads it
         self.mlp_inputs = {layer: self.final for layer in keep if not sites.experts_of(layer)}  # (nodes, width) each
+        self._ran = 0  # nodes that were run
 
     def __len__(self) -> int:
         """How many tokens it holds."""
@@ -152,8 +154,8 @@ class PrefixTree:
         paths = [self._branches.add(row) for row in rows]
         # Tensors of inference mode could not be used where gradients are taken later.
         with torch.inference_mode(False), torch.no_grad():
-            while len(self.final) < len(self):  # an interrupted pass is made up for by the next one
-                self._run(len(self.final), min(len(self.final) + _AT_ONCE, len(self)))
+            while self._ran < len(self):  # an interrupted pass is made up for by the next one
+                self._run(self._ran, min(self._ran + _AT_ONCE, len(self)))
         return paths
 
     def past(self, paths: Sequence[Sequence[int]]) -> tuple[KeysAndValues, list[list[int]]]:
@@ -192,11 +194,22 @@ class PrefixTree:
                 position_ids=torch.tensor([branches.depths[first:last]], device=device),
             )
         for layer, found in read.items():
-            self.mlp_inputs[layer] = torch.cat((self.mlp_inputs[layer][:first], found))
+            self.mlp_inputs[layer] = _put(self.mlp_inputs[layer], first, found, 0)
         for layer, (keys, values) in enumerate(self._layers):
             new_keys, new_values = cache.new[layer]
-            self._layers[layer] = (
-                torch.cat((keys[:, :, :first], new_keys), dim=2),
-                torch.cat((values[:, :, :first], new_values), dim=2),
-            )
-        self.final = torch.cat((self.final, output.last_hidden_state[0]))
+            self._layers[layer] = (_put(keys, first, new_keys, 2), _put(values, first, new_values, 2))
+        self.final = _put(self.final, first, output.last_hidden_state[0], 0)
+        self._ran = last
+
+
+def _put(kept: Tensor, first: int, new: Tensor, dim: int) -> Tensor:
+    """What was kept, with `new` in it from place `first` of a dimension on; a longer copy where it had no room."""
+    last = first + new.shape[dim]
+    if kept.shape[dim] < last:
+        shape = list(new.shape)
+        shape[dim] = max(last, 2 * first, _AT_ONCE)
+        longer = new.new_empty(shape)
+        longer.narrow(dim, 0, first).copy_(kept.narrow(dim, 0, first))
+        kept = longer
+    kept.narrow(dim, first, last - first).copy_(new)
+    return kept

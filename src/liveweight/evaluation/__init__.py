@@ -18,12 +18,13 @@ from liveweight.evaluation.answers import (
 )
 from liveweight.evaluation.damage import Kept, KLMeter, NeighbourMeter, Neighbours, PerplexityMeter
 from liveweight.evaluation.generation import answer_batch, generate_batch
-from liveweight.evaluation.questions import ASKED, HELD_OUT, CountryQuestion, Relation, country_questions
+from liveweight.evaluation.questions import ASKED, HELD_OUT, UNSEEN, CountryQuestion, Relation, country_questions
 from liveweight.evaluation.sources import instructions, plain_text
 
 __all__ = [
     "ASKED",
     "HELD_OUT",
+    "UNSEEN",
     "CountryQuestion",
     "KLMeter",
     "Kept",

@@ -1,7 +1,7 @@
 """Questions about countries with known answers, each in several wordings.
 
 Owns reading the countries' file and how each relation is asked about: once as the question that is judged and mended,
-and in four held-out wordings, which no method may see. Knows nothing of models.
+and in two times four held-out wordings, which no method may see. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -42,6 +42,27 @@ HELD_OUT: dict[Relation, tuple[str, ...]] = {
         "I am preparing for a geography quiz. What's {country}'s currency?",
     ),
 }
+# Written by somebody who saw neither the methods nor their results, and not looked at while methods were developed.
+UNSEEN: dict[Relation, tuple[str, ...]] = {
+    "capital": (
+        "{country} - capital city?",
+        "Name the capital city of {country}.",
+        "Sorry to bother you, but could you please say what city serves as the capital in {country}?",
+        "If I wanted to visit the capital of {country}, which city would I be going to?",
+    ),
+    "languages": (
+        "{country} main language?",
+        "Tell me the main language of {country}.",
+        "Could you please let me know which language is most widely spoken in {country}?",
+        "When folks from {country} chat at home, what language is it usually in?",
+    ),
+    "currencies": (
+        "{country} currency name?",
+        "Tell me which currency is used in {country}.",
+        "I'd like to know what currency people in {country} pay with.",
+        "For {country}, what's the official monetary unit?",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,7 @@ class CountryQuestion:
     question: str
     answers: tuple[str, ...]
     held_out: tuple[str, ...]
+    unseen: tuple[str, ...]
 
 
 def country_questions(file: Path) -> Iterator[CountryQuestion]:
@@ -68,8 +90,11 @@ def country_questions(file: Path) -> Iterator[CountryQuestion]:
             question = ASKED[relation].format(country=country["name"])
             if not answers or is_right(question, answers):
                 continue
-            others = tuple(wording.format(country=country["name"]) for wording in HELD_OUT[relation])
-            yield CountryQuestion(country["name"], relation, question, answers, others)
+            others, unseen = (
+                tuple(wording.format(country=country["name"]) for wording in wordings[relation])
+                for wordings in (HELD_OUT, UNSEEN)
+            )
+            yield CountryQuestion(country["name"], relation, question, answers, others, unseen)
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

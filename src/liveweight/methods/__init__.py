@@ -13,7 +13,13 @@ from liveweight.methods.case import build_case
 from liveweight.methods.wording import content_words, first_sentence
 
 _ALL = (
-    Described("patch", patch.propose, "One new neuron for each wrong token, shut elsewhere.", ("fix", "bad", "good")),
+    Described(
+        "patch",
+        patch.propose,
+        "One new neuron for each wrong token, shut elsewhere.",
+        ("fix", "bad", "good"),
+        refits=True,
+    ),
     Described("select", select.propose, "Fewest responsible neurons scaled until the answer goes.", ("bad", "fix")),
     Described("scale", scale.propose, "Every neuron that was active scaled down (bad) or up (good).", ("bad", "good")),
     Described("gain", gain.propose, "Gains inside the activation function moved, step by step.", ("bad", "fix")),

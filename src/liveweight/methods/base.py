@@ -16,6 +16,7 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.settings import MethodSettings
 
 CaseKind = Literal["fix", "bad", "good"]
+Answered = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens of a prompt and of an answer to it
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class Case:
     contexts: tuple[Context, ...]
     subject: str | None  # what the question is about, where it can be told
     others: tuple[Context, ...] = ()  # the same question about other things: to be left alone
-    previous: tuple[
-        tuple[tuple[int, ...], tuple[int, ...]], ...
-    ] = ()  # prompt and answer tokens of earlier changes and protected answers
+    about: tuple[Context, ...] = ()  # other questions, about this thing and about others: to be left alone too
+    previous: tuple[Answered, ...] = ()  # earlier changes' and protected answers
+    broken: tuple[Answered, ...] = ()  # those of them that a first try would change
 
     @property
     def key(self) -> tuple[int, int]:
@@ -88,3 +89,4 @@ class Described:
     propose: Method
     summary: str
     kinds: tuple[CaseKind, ...]
+    refits: bool = False  # whether it fits against `Case.broken`

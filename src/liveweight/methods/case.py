@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from liveweight.engines.base import Message, ScoreItem
+from liveweight.engines.base import Message, Score, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, NoMendFound
 from liveweight.methods.base import Case, CaseKind, Context
@@ -21,6 +21,8 @@ from liveweight.methods.wording import (
     earlier_turns,
     first_sentence,
     names,
+    opening_of,
+    other_questions,
     questions_about,
     rephrase,
     statements,
@@ -29,6 +31,7 @@ from liveweight.methods.wording import (
 
 CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
+ELSEWHERE = 8  # other things that something else is asked about
 OPENING = 11  # tokens of its own opening after which the model may be led to the wished answer
 LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
 ALTERNATIVES = 8  # of the judged word, that another answer may begin with
@@ -76,8 +79,9 @@ def build_case(
             )
     contexts = _contexts(engine, turns, question, sentence, piece, rewordings=0 if kind == "good" else CONTEXTS - 1)
     if kind != "good":
-        contexts = _as_opened(engine, contexts, piece)
+        contexts = _as_opened(engine, contexts, answer, piece)
     subject = subject_of(question)
+    like = _like(engine, subject) if subject else []
     return Case(
         kind=kind,
         messages=turns,
@@ -86,7 +90,8 @@ def build_case(
         wanted=engine.format.decode(contexts[0].target).strip(),
         contexts=contexts,
         subject=subject,
-        others=_others(engine, question, contexts, subject),
+        others=_others(engine, question, contexts, subject, like) if subject else (),
+        about=_about(engine, question, subject, like) if subject else (),
         previous=tuple((tuple(prompt), tuple(reply)) for prompt, reply in previous),
     )
 
@@ -114,11 +119,13 @@ def _contexts(
     return tuple(_context(engine, chat, sentence, piece) for chat in chats[: rewordings + 1])
 
 
-def _as_opened(engine: TransformersEngine, contexts: tuple[Context, ...], piece: str) -> tuple[Context, ...]:
-    """The contexts, where the model opens its answer otherwise with a target that follows its own opening.
+def _as_opened(
+    engine: TransformersEngine, contexts: tuple[Context, ...], answer: str, piece: str
+) -> tuple[Context, ...]:
+    """The contexts, with targets that follow the model's own openings where the judged answer has one of its own.
 
-    In such a reply the wished answer stands where the model finds it likeliest; where that is nowhere near as likely
-    as behind the common sentence's opening, the common sentence stays.
+    Where the model opens its answer to the question as asked with the common sentence, or with something that the
+    wished answer cannot go on from, the common sentence is taught in every wording.
     """
     scores = engine.score([ScoreItem(context.prompt, context.target) for context in contexts])
     elsewhere = [
@@ -126,24 +133,41 @@ def _as_opened(engine: TransformersEngine, contexts: tuple[Context, ...], piece:
         for index, (context, score) in enumerate(zip(contexts, scores, strict=True))
         if not bool((score.tokens == score.argmax)[: context.key[0]].all())
     ]
-    if not elsewhere:
+    if 0 not in elsewhere:
         return contexts
-    replies = engine.greedy([contexts[index].prompt for index in elsewhere], OPENING)
-    slots: list[tuple[int, Context]] = []
-    for index, reply in zip(elsewhere, replies, strict=True):
-        for opening in _openings(first_sentence(engine.format.decode(reply))):
-            if opening[-1].isalnum() and len(engine.format.encode_text(opening)) < OPENING - 1:
-                slots.append((index, _context(engine, contexts[index].messages, f"{opening} {piece}.", piece)))
-    likely: dict[int, tuple[float, Context]] = {}
-    found = engine.score([_answer_item(context) for _, context in slots])
-    for (index, context), score in zip(slots, found, strict=True):
-        if index not in likely or score.total > likely[index][0]:
-            likely[index] = (score.total, context)
     opened = list(contexts)
-    for index, (logprob, context) in likely.items():
-        if logprob > float(scores[index].logprobs[slice(*contexts[index].key)].sum()) - LEEWAY:
-            opened[index] = context
+    opened[0] = _behind(engine, contexts[:1], [answer], scores[:1], piece)[0]
+    if opened[0] is contexts[0]:
+        return contexts
+    others = elsewhere[1:]
+    replies = engine.greedy([contexts[index].prompt for index in others], OPENING) if others else []
+    texts = [engine.format.decode(reply) for reply in replies]
+    found = _behind(engine, [contexts[i] for i in others], texts, [scores[i] for i in others], piece)
+    for index, context in zip(others, found, strict=True):
+        opened[index] = context
     return tuple(opened)
+
+
+def _behind(
+    engine: TransformersEngine, contexts: Sequence[Context], replies: Sequence[str], scores: Sequence[Score], piece: str
+) -> list[Context]:
+    """The contexts with the wished answer where the model finds it likeliest behind the opening of its own reply.
+
+    Where that is nowhere near as likely as behind the common sentence's opening (`scores`), the common one stays.
+    """
+    slots: list[tuple[int, Context]] = []
+    for row, (context, reply) in enumerate(zip(contexts, replies, strict=True)):
+        for opening in _openings(first_sentence(reply)):
+            if opening[-1].isalnum() and len(engine.format.encode_text(opening)) < OPENING - 1:
+                slots.append((row, _context(engine, context.messages, f"{opening} {piece}.", piece)))
+    likeliest = [
+        (float(score.logprobs[slice(*context.key)].sum()) - LEEWAY, context)
+        for context, score in zip(contexts, scores, strict=True)
+    ]
+    for (row, slot), score in zip(slots, engine.score([_answer_item(slot) for _, slot in slots]), strict=True):
+        if score.total > likeliest[row][0]:
+            likeliest[row] = (score.total, slot)
+    return [context for _, context in likeliest]
 
 
 def _openings(sentence: str) -> list[str]:
@@ -251,28 +275,33 @@ def _key(engine: TransformersEngine, target: Sequence[int], sentence: str, piece
 
 
 def _others(
-    engine: TransformersEngine, question: str, contexts: Sequence[Context], subject: str | None
+    engine: TransformersEngine, question: str, contexts: Sequence[Context], subject: str, like: Sequence[str]
 ) -> tuple[Context, ...]:
-    """The same question about other things of its kind, and other questions about this thing.
+    """The same question about other things of its kind.
 
-    The former behind the opening of the question as asked, some behind one that the model has for other wordings.
+    Behind the opening of the question as asked, some behind one that the model has for other wordings.
     """
-    if subject is None:
-        return ()
     openings = list(
         dict.fromkeys(engine.format.decode(context.target[: context.key[0]]).strip() for context in contexts)
     )
     found = []
-    for number, name in enumerate(_like(engine, subject)[:OTHERS]):
+    for number, name in enumerate(like[:OTHERS]):
         chat = (Message("user", question.replace(subject, name)),)
         chosen = [openings[0]]
         if number % 3 == 0 and len(openings) > 1:
             chosen.append(openings[1 + number // 3 % (len(openings) - 1)])
         found += [_context(engine, chat, opening.replace(subject, name) or name) for opening in chosen]
-    found += [
-        _context(engine, (Message("user", text),), said) for text, said in questions_about(subject) if text != question
-    ]
     return tuple(found)
+
+
+def _about(engine: TransformersEngine, question: str, subject: str, like: Sequence[str]) -> tuple[Context, ...]:
+    """Other questions about this thing, and a few about other things of its kind."""
+    asked = [(text, said) for text, said in questions_about(subject) if text != question]
+    asked += [(text, "") for text in other_questions(question, subject)]
+    for number, name in enumerate(like[:ELSEWHERE]):
+        texts = other_questions(question, name)
+        asked += [(text, opening_of(text)) for text in texts[number % max(len(texts), 1) :][:1]]
+    return tuple(_context(engine, (Message("user", text),), said) for text, said in asked)
 
 
 def _like(engine: TransformersEngine, subject: str) -> list[str]:

@@ -6,9 +6,15 @@ the case, and shut for the same question about other things, for other questions
 and for plain text. Shut means shut: an activation function is almost zero below its threshold, so the neighbours do not
 move. What the neuron writes is then optimised until every token of the wished answer leads by a margin.
 
-    gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge,  M and m: moment and mean of all that is to be left
-    up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)   k: mean MLP input where the token is due
+    gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·(E[x₊ x₊ᵀ] + W) + ridge
+    up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)
     down  d: steps of Polyak's length on what the answer's tokens fall short of their margins
+
+k is the mean MLP input x₊ where the token is due, M and m are moment and mean of all that is to be left alone. W is how
+the input at a question's end varies with the wording alone, measured on other questions: a gate that does not read
+those directions opens for wordings that no one thought of (within-class covariance: Hatch et al., Interspeech 2006).
+Where the token is a reply's first, the up row is fitted to tell the beginning of any reply (1) from all else (0), so
+that gate and up are a conjunction: this question, and here.
 
 The idea of a neuron for a mistake: Huang et al., "Transformer-Patcher: One Mistake Worth One Neuron", ICLR 2023. Here
 its gate is solved in closed form against the model's surroundings, and it takes the place of a spare neuron, then of
@@ -31,12 +37,11 @@ from liveweight.methods.surroundings import Surroundings, surroundings
 from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
 
-OPEN, SHUT = 0.85, 1.15  # what the gate reads where it is to be open, and with a minus sign where it is to be shut
-OPENING_OPEN, OPENING_SHUT = 0.7, 1.3  # for how an answer begins, where like questions are most alike
 STEEPNESS = 20.0  # the gate's scale: act(-20) is nothing
 NEAR = 0.5  # weight of the case's own neighbours beside everyday chats
+ABOUT = 2.0  # weight of other questions about the same thing, for neurons of a first token
 DUE = 20.0  # weight of the places where the neuron is to be open
-RIDGE = 1e-3
+BEGINNING = 3.0  # weight of where everyday replies begin, for neurons of an opening
 MARGIN = 4.0  # nats by which a mended token is to lead
 CLOSE = 0.3  # of MARGIN: near enough to stop
 LONGEST_STEP = 1.0  # of the residual stream's usual norm
@@ -44,6 +49,57 @@ MOST_NEURONS = 64
 PREVIOUS = 16  # protected answers, those to the most alike prompts, that the gates are fitted against
 USUAL = 16  # neurons that a mend seldom needs more of: what must be left of a layer's spare ones
 _OPENING = 1000  # places from here on are in an opening
+
+
+@dataclass(frozen=True)
+class _Near:
+    """What the MLP reads where a case's own neighbours are answered, (N, width) each."""
+
+    begins: (
+        Tensor  # where like questions' answers begin; apart, since that is where a first token's neuron has its likes
+    )
+    about: Tensor  # where other questions' answers begin
+    behind: Tensor  # behind all of these
+    broken: list[Tensor]  # the whole of each protected answer that a first try would have changed
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Second moment and mean of what is to be left alone; groups count alike, however many are in them."""
+
+    moment: Tensor  # (width, width)
+    mean: Tensor  # (width,)
+
+    def plus(self, weight: float, moment: Tensor, mean: Tensor) -> _Left:
+        """And this too."""
+        return _Left(self.moment + weight * moment, self.mean + weight * mean)
+
+    def and_(self, weight: float, *groups: Tensor) -> _Left:
+        """And these groups (N, width) too, as far as there is anything in them."""
+        left = self
+        for group in groups:
+            if len(group):
+                left = left.plus(weight, group.T @ group / len(group), group.mean(0))
+        return left
+
+    def ridged(self, system: Tensor, ridge: float) -> Tensor:
+        """A system (width, width) with a ridge as high as what is left alone calls for."""
+        return system + ridge * self.moment.diagonal().mean() * torch.eye(len(system), device=system.device)
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """How a neuron for one sort of place is fitted."""
+
+    opens: float  # what the gate reads where it is to be open
+    shuts: float  # and, with a minus sign, where it is to be shut
+    wording: float  # weight of W
+    ridge: float
+
+
+# A reply's first token decides which sentence it will be, so its neuron has to know a question in any wording; further
+# on, where like questions are most alike, a neuron only has to go on with a sentence that has begun.
+FIRST, FURTHER, ANSWER = _Gate(1.3, 0.7, 5.0, 0.03), _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.65, 1.35, 0.0, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -55,6 +111,7 @@ class _Batch:
     real: Tensor  # (B, T)
     lead: Tensor  # (B, T) nats by which each target token leads now; negative where it does not
     place: Tensor  # (B, T) which token this is for: see `_places`
+    also: dict[int, Tensor]  # place -> (N, width), what is read there where other wordings are answered as the first
 
 
 def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
@@ -80,10 +137,10 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
             f"The wished answer has {len(due)} tokens that the model would not say, more than {MOST_NEURONS}.",
             hint="Give a shorter answer.",
         )
-    gates, ups = _fit(batch, due, around, _neighbours(engine, case, layer))
+    gates, ups, opens = _fit(batch, due, around, _neighbours(engine, case, layer))
     act = engine.sites.activation_function(layer)
     assert act is not None, layer
-    open_value = float(act(torch.tensor([STEEPNESS * OPEN]))[0])
+    open_value = act(STEEPNESS * opens)  # (P,)
     firing = act(STEEPNESS * (batch.x @ gates.T)) / open_value  # (B, T, P)
     if engine.sites.gated:
         firing = firing * (batch.x @ ups.T)
@@ -99,8 +156,8 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
                 layer=layer,
                 neurons=tuple(neurons),
                 gate=(STEEPNESS * gates) if gated else None,
-                up=(ups / open_value) if gated else STEEPNESS * gates,
-                down=(writes if gated else writes / open_value).T.contiguous(),
+                up=(ups / open_value[:, None]) if gated else STEEPNESS * gates,
+                down=(writes if gated else writes / open_value[:, None]).T.contiguous(),
                 bias=dead,
             ),
         ),
@@ -169,7 +226,21 @@ def _read(engine: TransformersEngine, case: Case, layer: int) -> _Batch:
             end = len(context.target) - 1
             if end > 0 and lead[row, end] < 0 and not engine.format.decode([int(other[end])])[:1].isalnum():
                 real[row, end] = False
-    return _Batch(x, target, real, lead, _places(case, length).to(device))
+    place = _places(case, length).to(device)
+    return _Batch(x, target, real, lead, place, _also(engine, case, layer, place[0].tolist()))
+
+
+def _also(engine: TransformersEngine, case: Case, layer: int, places: list[int]) -> dict[int, Tensor]:
+    """What the MLP reads at the first context's places where wordings that have a sentence of their own get its one.
+
+    Not at a reply's first token: there they are to go their own way.
+    """
+    target = case.contexts[0].target
+    prompts = [context.prompt for context in case.contexts if context.target != target]
+    if not prompts:
+        return {}
+    seen = engine.read([(*prompt, *target[:-1]) for prompt in prompts], [len(prompt) - 1 for prompt in prompts], layer)
+    return {places[step]: torch.stack([read[step] for _, read in seen]).float() for step in range(1, len(target))}
 
 
 def _places(case: Case, length: int) -> Tensor:
@@ -194,49 +265,53 @@ def _due(batch: _Batch) -> list[int]:
     return sorted(set(batch.place[(batch.lead < 0) & batch.real].tolist()))
 
 
-def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> list[Tensor]:
-    """What the MLP reads while it says what is to be left alone, (N, width): where an answer begins, and behind that.
-
-    Apart, because a neuron for how an answer begins has its likes there and nowhere else.
-    """
+def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> _Near:
+    """What the MLP reads while it says what is to be left alone."""
     asked = set(case.contexts[0].prompt)
     previous = sorted(case.previous, key=lambda pair: -len(asked.intersection(pair[0])))[:PREVIOUS]
-    rows = [*((context.prompt, context.target) for context in case.others), *previous]
-    if not rows:
-        return []
+    alike = [*((each.prompt, each.target) for each in case.others), *previous]
+    rows = [*alike, *((each.prompt, each.target) for each in case.about), *case.broken]
     seen = engine.read([(*prompt, *reply) for prompt, reply in rows], [len(prompt) - 1 for prompt, _ in rows], layer)
-    parts = [torch.cat([read[:1] for _, read in seen]), torch.cat([read[1:] for _, read in seen])]
-    return [part.float() for part in parts if len(part)]
+    reads = [read.float() for _, read in seen]
+    nothing = torch.empty(0, engine.sites.width, device=engine.model.device)
+    unlike = len(rows) - len(case.broken)
+    return _Near(
+        begins=torch.cat([nothing, *(read[:1] for read in reads[: len(alike)])]),
+        about=torch.cat([nothing, *(read[:1] for read in reads[len(alike) : unlike])]),
+        behind=torch.cat([nothing, *(read[1:] for read in reads[:unlike])]),
+        broken=reads[unlike:],
+    )
 
 
-def _fit(batch: _Batch, due: list[int], around: Surroundings, near: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Gate and up rows, (P, width) each, for the places in `due`."""
-    x = batch.x
-    device = x.device
-    moment, mean = around.moment.to(device), around.mean.to(device)
-    for part in near:
-        moment = moment + NEAR * part.T @ part / len(part)
-        mean = mean + NEAR * part.mean(0)
-    eye = torch.eye(x.shape[2], device=device)
-    said = batch.place >= 0
-    gates, ups = [], []
+def _fit(batch: _Batch, due: list[int], around: Surroundings, near: _Near) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate and up rows, (P, width) each, for the places in `due`; and what each gate reads where it is open, (P,)."""
+    x, device = batch.x, batch.x.device
+    usual = _Left(around.moment.to(device), around.mean.to(device))
+    behind = usual.and_(NEAR, near.behind, *near.broken)
+    gates, ups, opens = [], [], []
     for place in due:
-        here, rest = x[batch.place == place], x[said & (batch.place != place)]
-        left, left_mean = moment, mean
-        if len(rest):
-            left = left + NEAR * rest.T @ rest / len(rest)
-            left_mean = left_mean + NEAR * rest.mean(0)
-        key = here.mean(0)
-        opens, shuts = OPEN, SHUT
-        if place >= _OPENING:
-            opens, shuts = OPENING_OPEN, OPENING_SHUT
-            left = left + around.first_moment.to(device)
-            left_mean = left_mean + around.first_mean.to(device)
-        system = left + DUE * here.T @ here / len(here) + RIDGE * left.diagonal().mean() * eye
-        solved = torch.linalg.solve(system, torch.stack((opens * DUE * key - shuts * left_mean, key), dim=1))
+        own = batch.place == place
+        here, rest = torch.cat((x[own], batch.also.get(place, x[:0, 0]))), x[(batch.place >= 0) & ~own]
+        first = bool(own[:, 0].sum() == own.sum())
+        gate = FIRST if first else FURTHER if place >= _OPENING else ANSWER
+        left = behind.and_(NEAR, near.begins, rest)
+        if gate is not ANSWER:
+            left = left.plus(BEGINNING, around.first_moment.to(device), around.first_mean.to(device))
+        if first:
+            left = left.and_(ABOUT, near.about)
+        key, due_here = here.mean(0), DUE * here.T @ here / len(here)
+        system = left.moment + due_here + DUE * gate.wording * around.wording.to(device)
+        goals = torch.stack((gate.opens * DUE * key - gate.shuts * left.mean, key), dim=1)
+        solved = torch.linalg.solve(left.ridged(system, gate.ridge), goals)
+        up = solved[:, 1]
+        if first:
+            begins, mean = BEGINNING * around.first_moment.to(device), BEGINNING * around.first_mean.to(device)
+            system = behind.ridged(behind.moment + begins + due_here, gate.ridge)
+            up = torch.linalg.solve(system, mean + DUE * key)
         gates.append(solved[:, 0])
-        ups.append(solved[:, 1] / (solved[:, 1] @ key))
-    return torch.stack(gates), torch.stack(ups)
+        ups.append(up / (up @ key))
+        opens.append(gate.opens)
+    return torch.stack(gates), torch.stack(ups), torch.tensor(opens, device=device)
 
 
 def _optimise(

@@ -1,8 +1,9 @@
 """What an MLP usually reads, and which of its neurons do least.
 
 Owns, for a layer, the second moment and the mean of the MLP's input over everyday chats (with the base model's own
-replies) and plain text, the same where replies begin, and each neuron's usual contribution. Computed once under the
-base weights and cached by model and text. An edit that is to leave everything else alone is fitted against these.
+replies) and plain text, the same where replies begin, each neuron's usual contribution, and how the input at the end of
+a question varies with its wording alone. Computed once under the base weights and cached by model and text. An edit
+that is to leave everything else alone, and to hold in any wording, is fitted against these.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.methods.wording import everyday_questions
+from liveweight.methods.wording import everyday_questions, same_questions
 
-_FORMAT = "2"  # of what is kept; another number makes it anew
+_FORMAT = "3"  # of what is kept; another number makes it anew
 _REPLY = 14  # tokens of each everyday reply
 _BATCH = 40
 _PLAIN_TOKENS = 8192
@@ -42,6 +43,7 @@ class Surroundings:
     usage: Tensor  # (neurons,), E[|a|]·|w_down|
     first_moment: Tensor  # (width, width), E[x xᵀ] where the first token of a reply is chosen
     first_mean: Tensor  # (width,)
+    wording: Tensor  # (width, width), covariance at a question's end over the wordings of one question, pooled
 
 
 def surroundings(
@@ -51,14 +53,18 @@ def surroundings(
     folder = engine.loaded.source.cache_dir / "surroundings"
     questions = everyday_questions()
     plain = resources.files("liveweight.methods").joinpath("plain_text.txt").read_text(encoding="utf-8")
-    text_hash = hashlib.sha256(("\n".join((_FORMAT, *questions)) + plain).encode()).hexdigest()[:12]
+    reworded = same_questions()
+    told = "\n".join((_FORMAT, *questions, *(text for same in reworded for text in same))) + plain
+    text_hash = hashlib.sha256(told.encode()).hexdigest()[:12]
     paths = {layer: folder / f"{engine.info.hash[:24]}-{text_hash}-{layer}.safetensors" for layer in layers}
     missing = [layer for layer in layers if not paths[layer].is_file()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             missing = [layer for layer in layers if not paths[layer].is_file()]
-            for layer, found in _compute(engine, missing, questions, plain, progress).items() if missing else ():
+            for layer, found in (
+                _compute(engine, missing, questions, reworded, plain, progress).items() if missing else ()
+            ):
                 _save(found, paths[layer])
     return {layer: Surroundings(**load_file(paths[layer])) for layer in layers}
 
@@ -70,7 +76,12 @@ def _save(found: Surroundings, path: Path) -> None:
 
 
 def _compute(
-    engine: TransformersEngine, layers: Sequence[int], questions: list[str], plain: str, progress: bool
+    engine: TransformersEngine,
+    layers: Sequence[int],
+    questions: list[str],
+    reworded: list[list[str]],
+    plain: str,
+    progress: bool,
 ) -> dict[int, Surroundings]:
     prompts = [engine.encode((Message("user", question),)) for question in questions]
     ids = [token for part in plain.split("\n\n") for token in engine.format.encode_text(part + "\n\n")][:_PLAIN_TOKENS]
@@ -81,7 +92,9 @@ def _compute(
         Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
         engine.preview(()),
     ):
-        task = bar.add_task("Reading what the model usually thinks (once)", total=len(prompts) + len(rows))
+        task = bar.add_task(
+            "Reading what the model usually thinks (once)", total=len(prompts) + len(rows) + len(reworded)
+        )
         for start in range(0, len(prompts), _BATCH):
             batch = prompts[start : start + _BATCH]
             replies = engine.greedy(batch, _REPLY)
@@ -90,6 +103,12 @@ def _compute(
         for start in range(0, len(rows), _BATCH):
             _read(engine, rows[start : start + _BATCH], sums, _PLAIN_SHARE)
             bar.advance(task, len(rows[start : start + _BATCH]))
+        for same in reworded:
+            prompts = [engine.encode((Message("user", text),)) for text in same]
+            for layer, found in sums.items():
+                read = engine.read(prompts, [len(prompt) - 1 for prompt in prompts], layer)
+                found.same(torch.cat([ends for _, ends in read]))
+            bar.advance(task)
     return {layer: found.finish() for layer, found in sums.items()}
 
 
@@ -103,18 +122,31 @@ class _Sums:
         self.parts: dict[float, tuple[Tensor, Tensor, Tensor, int]] = {}
         self.empty = (torch.zeros(width, width), torch.zeros(width), torch.zeros(neurons), 0)
         self.first: list[Tensor] = []
+        self.apart: list[Tensor] = []
 
     def add(self, weight: float, x: Tensor, a: Tensor) -> None:
         moment, mean, usage, count = self.parts.get(weight, self.empty)
         x, a = x.float().cpu(), a.float().cpu()
         self.parts[weight] = (moment + x.T @ x, mean + x.sum(0), usage + a.abs().sum(0), count + len(x))
 
+    def same(self, ends: Tensor) -> None:
+        """Take one question's wordings, (N, width): how they differ from their mean."""
+        ends = ends.float().cpu()
+        self.apart.append((ends - ends.mean(0)) * (len(ends) / (len(ends) - 1)) ** 0.5)
+
     def finish(self) -> Surroundings:
         moment, mean, usage = (torch.zeros_like(each) for each in self.empty[:3])
         for weight, (m, v, u, count) in self.parts.items():
             moment, mean, usage = moment + weight * m / count, mean + weight * v / count, usage + weight * u / count
-        first = torch.cat(self.first)
-        return Surroundings(moment, mean, usage * self.norms.cpu(), first.T @ first / len(first), first.mean(0))
+        first, apart = torch.cat(self.first), torch.cat(self.apart)
+        return Surroundings(
+            moment=moment,
+            mean=mean,
+            usage=usage * self.norms.cpu(),
+            first_moment=first.T @ first / len(first),
+            first_mean=first.mean(0),
+            wording=apart.T @ apart / len(apart),
+        )
 
 
 def _read(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
+from itertools import zip_longest
 from typing import Any
 
 _CONNECTORS = {"of", "the", "and", "de", "da", "la", "le", "el", "du", "von", "van", "al"}
@@ -66,6 +68,9 @@ _STOPWORDS = frozenset(
 _ABBREVIATION = re.compile(r"(?:\b(?:St|Dr|Mr|Mrs|Ms|Mt|Ft|No|vs|etc|Jr|Sr)|\b[A-Z](?:\.[A-Z])*)\.$")
 
 
+_MARK = "\ue000"  # stands for an answer; no text holds it
+
+
 @cache
 def _list(name: str) -> dict[str, Any]:
     text = resources.files("liveweight.methods").joinpath(name).read_text(encoding="utf-8")
@@ -85,6 +90,17 @@ def names() -> list[str]:
     return found
 
 
+def same_questions() -> list[list[str]]:
+    """Questions about many names, each in several wordings: what they differ in is the wording and nothing else."""
+    relations, offered = _list("relations.json")["relations"], names()
+    found = []
+    for number, relation in enumerate(relations):
+        for name in offered[number :: len(relations)][:5]:
+            question = relation["ask"].format(subj=name)
+            found.append([question, *rephrase(question, 7)])
+    return found
+
+
 def questions_about(subject: str) -> list[tuple[str, str]]:
     """What else may be asked about something, and how an answer may begin."""
     return [
@@ -98,17 +114,44 @@ def earlier_turns() -> list[tuple[str, str]]:
 
 
 def rephrase(question: str, most: int) -> list[str]:
-    """Other wordings of a question: rewrites of its form first, then wrappers; never the question itself."""
-    lists = _list("rephrasings.json")
-    found: list[str] = []
-    for transform in lists["transforms"]:
-        match = re.match(transform["pattern"], question)
+    """Other wordings of a question, never the question itself.
+
+    Other words for what is asked and other forms of the question by turns, every second one with something around it;
+    then the question as it is with something around it.
+    """
+    wrappers: list[str] = _list("rephrasings.json")["wrappers"]
+    forms = _rewrites(
+        question, [([each["pattern"]], each["rewrites"]) for each in _list("rephrasings.json")["transforms"]]
+    )
+    relation = _relation(question)
+    words = _rewrites(question, [(relation["patterns"], relation["rewrites"])]) if relation else []
+    found = [text for pair in zip_longest(words, forms) for text in pair if text not in (None, question)]
+    found = found[: most - min(2, most // 3)]
+    found = [wrappers[-1 - index // 2].format(q=text) if index % 2 else text for index, text in enumerate(found)]
+    return list(dict.fromkeys(found + [wrapper.format(q=question) for wrapper in wrappers]))[:most]
+
+
+def other_questions(question: str, subject: str) -> list[str]:
+    """What else may be asked about the subject of a question, where it can be told what the question asks."""
+    relation = _relation(question)
+    if relation is None:
+        return []
+    return [each["ask"].format(subj=subject) for each in _list("relations.json")["relations"] if each is not relation]
+
+
+def _relation(question: str) -> dict[str, Any] | None:
+    """The relation that a question asks for, as far as its form tells."""
+    relations: list[dict[str, Any]] = _list("relations.json")["relations"]
+    return next((each for each in relations if any(re.match(p, question) for p in each["patterns"])), None)
+
+
+def _rewrites(question: str, offered: Iterable[tuple[list[str], list[str]]]) -> list[str]:
+    """What the first of some (patterns, rewrites) that fits a question makes of it."""
+    for patterns, rewrites in offered:
+        match = next((match for pattern in patterns if (match := re.match(pattern, question))), None)
         if match:
-            found = [rewrite.format(**match.groupdict()) for rewrite in transform["rewrites"]]
-            break
-    rewrites = [text for text in found if text != question][: most - min(2, most // 3)]
-    wrappers = [wrapper.format(q=question) for wrapper in lists["wrappers"]]
-    return list(dict.fromkeys(rewrites + wrappers))[:most]
+            return [rewrite.format(**match.groupdict()) for rewrite in rewrites]
+    return []
 
 
 def subject_of(question: str) -> str | None:
@@ -149,6 +192,11 @@ def statements(question: str, answer: str) -> list[str]:
             break
     found += [form.format(a=bare) for form in lists["otherwise"]]
     return [text[:1].upper() + text[1:] for text in dict.fromkeys(found)]
+
+
+def opening_of(question: str) -> str:
+    """How an answer to a question may begin, up to the answer proper; empty where that comes first."""
+    return statements(question, _MARK)[0].split(_MARK)[0].strip()
 
 
 def first_sentence(text: str) -> str:
