@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import liveweight
+from liveweight.adjustments import Adjustment
 from liveweight.engines.base import Message
+from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import (
     GuardRefused,
     InvalidInput,
@@ -25,8 +28,9 @@ from liveweight.errors import (
 )
 from liveweight.interrupts import uninterrupted
 from liveweight.live_model import LiveModel
-from liveweight.methods import METHODS
+from liveweight.methods import METHODS, Case
 from liveweight.reports import Change, Report
+from liveweight.settings import MethodSettings
 from tests.ledger.other_process import running
 from tests.live_process import change_without_end, interrupted
 from tests.tiny_workspace import OTHER, QUESTION, SHOUT, tiny_settings
@@ -281,6 +285,29 @@ def test_a_good_answer_is_protected_and_an_overruling_fix_releases_it(live: Live
     fixed = live.fix(reply, "z")
     assert fixed.report is not None and label in fixed.report.released
     assert label not in [answer.label for answer in live.protected()]
+
+
+def test_a_method_that_refits_is_asked_again_with_the_protected_answers_that_it_would_change(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Case] = []
+
+    def deaf(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
+        """Shout all the same."""
+        asked.append(case)
+        return SHOUT.propose(engine, case, settings)
+
+    live.fix(live.chat(OTHER), "k")
+    (kept,) = live.protected()
+    monkeypatch.setitem(METHODS, "shout", dataclasses.replace(SHOUT, propose=deaf, refits=True))
+    with pytest.raises(GuardRefused, match="protected"):
+        live.fix(live.chat(QUESTION), "z")
+    assert [(len(case.broken), case.careful) for case in asked] == [(0, False), (1, False), (1, True)]
+    assert asked[1].broken[0][1] == kept.token_ids
+    monkeypatch.setitem(METHODS, "shout", dataclasses.replace(SHOUT, propose=deaf))
+    with pytest.raises(GuardRefused):
+        live.fix("r2", "z")
+    assert len(asked) == 4
 
 
 def test_the_second_start_is_in_the_state_that_the_first_left(tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ class Judge:
         feedback = None if options.preview else self._feedback(said)
         with self._without(work.conflicts if not options.keep_both else ()):
             found = self._climb(work, names)
-            report = self._report(work, found)
-        return self._conclude(work, found, report, feedback)
+            report, spoken = self._report(work, found)
+        return self._conclude(work, found, report, spoken, feedback)
 
     def _work(self, said: Judgement, options: Options, phases: Phases) -> _Work:
         engine, reply = self._engine, said.reply
@@ -211,19 +211,22 @@ class Judge:
 
     # ---------------------------------------------------------------------------------------------------- report
 
-    def _report(self, work: _Work, found: Climb) -> Report:
-        """What was measured of the best proposal. Called in the state that the change will come on top of."""
+    def _report(self, work: _Work, found: Climb) -> tuple[Report, tuple[int, ...]]:
+        """What was measured of the best proposal, and the answer's tokens then.
+
+        Called in the state that the change will come on top of.
+        """
         best = found.chosen or found.refused
         assert best is not None  # climb raises where nothing works
         candidate = (*self._engine.state, Active(best.adjustment))
         self._say("writing the report")
         with work.phases.of("report"):
-            after, _ = answer_under(self._engine, candidate, work.prompt, work.case.contexts[0].target)
+            after, spoken = answer_under(self._engine, candidate, work.prompt, work.case.contexts[0].target)
             neurons = touched_neurons(self._engine, best.adjustment)
             weights = moved(self._engine, best.adjustment)
         named = tuple(Replaced(change=c.label, question=c.question, wanted=c.wanted) for c in work.conflicts)
         both = work.options.keep_both
-        return Report(
+        report = Report(
             verdict=work.said.kind,
             question=work.case.question,
             wanted=work.said.wanted,
@@ -245,8 +248,11 @@ class Judge:
             version_before=str(self._engine.version),
             seconds=dict(work.phases.seconds),
         )
+        return report, spoken
 
-    def _conclude(self, work: _Work, found: Climb, report: Report, feedback: int | None) -> Change:
+    def _conclude(
+        self, work: _Work, found: Climb, report: Report, spoken: tuple[int, ...], feedback: int | None
+    ) -> Change:
         """Preview, refuse or commit."""
         best = found.chosen or found.refused
         assert best is not None
@@ -264,7 +270,7 @@ class Judge:
                 change=refused.label,
                 report=told,
             )
-        return self._commit(work, best, report, feedback)
+        return self._commit(work, best, report, spoken, feedback)
 
     def _proposal(self, work: _Work, best: Found, told: dict[str, Any], feedback: int | None) -> Proposal:
         return Proposal(
@@ -281,7 +287,9 @@ class Judge:
 
     # ---------------------------------------------------------------------------------------------------- commit
 
-    def _commit(self, work: _Work, best: Found, report: Report, feedback: int | None) -> Change:
+    def _commit(
+        self, work: _Work, best: Found, report: Report, spoken: tuple[int, ...], feedback: int | None
+    ) -> Change:
         """Write ahead, change the weights, prove it, mark it active; a Ctrl-C meanwhile waits until it is done."""
         engine, ledger = self._engine, self._ledger
         answer = work.case.contexts[0].target
@@ -297,7 +305,7 @@ class Judge:
                     raise self._no_effect(change, report)
                 ledger.activate(change.id, {"version": str(version)})
                 if work.said.kind != "bad":
-                    self._protect_answer(work, change, feedback)
+                    self._protect_answer(work, change, spoken, feedback)
                 for each in work.released:
                     ledger.unprotect(each.id)
             final = {"version_after": str(version), "seconds": dict(work.phases.seconds)}
@@ -312,10 +320,9 @@ class Judge:
         self._engine.become(self._ledger.state(self._model))
         return NoEffect(reason, hint="Try another method, or a model in float32.", change=change.label)
 
-    def _protect_answer(self, work: _Work, change: Record, feedback: int | None) -> None:
-        _, tokens = answer_under(self._engine, self._engine.state, work.prompt, work.case.contexts[0].target)
-        text = self._engine.format.decode(tokens)
-        self._ledger.protect(self._model, work.said.reply.prompt, text, tokens, feedback=feedback, change=change.id)
+    def _protect_answer(self, work: _Work, change: Record, spoken: tuple[int, ...], feedback: int | None) -> None:
+        text = self._engine.format.decode(spoken)
+        self._ledger.protect(self._model, work.said.reply.prompt, text, spoken, feedback=feedback, change=change.id)
 
     # ------------------------------------------------------------------------------------------------ good
 
@@ -338,10 +345,11 @@ class Judge:
                 climbed = self._climb(work, names)
                 best = climbed.chosen or (climbed.refused if options.force else None)
                 if best is not None:
-                    report = self._report(work, climbed).model_copy(update={"margin": margin})
+                    report, spoken = self._report(work, climbed)
+                    report = report.model_copy(update={"margin": margin})
                     if options.preview:
                         return _unwritten(work.said, report, "preview", best)
-                    change = self._commit(work, best, report, feedback)
+                    change = self._commit(work, best, report, spoken, feedback)
                 else:
                     why += " Making it surer would have changed too much else."
             except (NoMendFound, NoEffect) as error:

@@ -16,14 +16,14 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, UnknownMethod, Unsupported
 from liveweight.guard import Guard, GuardReport, ProtectedItem
 from liveweight.methods import LADDER, METHODS, works
-from liveweight.methods.base import Answered, Case, CaseKind
+from liveweight.methods.base import Case, CaseKind
 from liveweight.reports import Attempt
 from liveweight.settings import MethodSettings
 from liveweight.tracing import find_super_weights, protect, spare
 
 Say = Callable[[str], None]
 AUTO = "auto"
-TRIES = 3  # times that a method is asked, each time with what its last proposal would change of the protected answers
+TRIES = 3  # times that a method is asked, each time with what the guard said of its last proposal
 
 
 @dataclass
@@ -95,8 +95,8 @@ def climb(
     """Ask each method in turn, on top of the engine's present state, and take the first that works within budget.
 
     A candidate that works is screened on a few probes, and measured on all of them unless those few alone break the
-    budget of all. A method that fits against answers is asked again with the protected ones that it would change.
-    Raises NoMendFound when no method found a candidate that works.
+    budget of all. A method that can fit otherwise is asked again, with the protected answers that it would change, or
+    for a more careful proposal. Raises NoMendFound when no method found a candidate that works.
     """
     tried: list[Attempt] = []
     refused: Found | None = None
@@ -138,19 +138,23 @@ def climb(
         rank = (not whole, len(measured.reasons), measured.mean_kl)  # a few near probes look worse than all of them
         if best is None or rank < best:
             refused, best = found, rank
-        broken = _broken(case, measured, limits)
-        if METHODS[name].refits and broken and sum(each.method == name for each in tried) < TRIES:
-            steps.insert(0, (name, replace(case, broken=(*case.broken, *broken))))
+        again = _again(case, measured, limits)
+        if METHODS[name].refits and again is not None and sum(each.method == name for each in tried) < TRIES:
+            steps.insert(0, (name, again))
     if refused is None:
         raise _none_works(case, tried)
     return Climb(None, _fully_measured(engine, guard, refused, limits, phases), tuple(tried))
 
 
-def _broken(case: Case, measured: GuardReport, limits: Limits) -> list[Answered]:
-    """The protected answers that a proposal would change and that it was not fitted against yet."""
+def _again(case: Case, measured: GuardReport, limits: Limits) -> Case | None:
+    """The case with what the guard's refusal of a proposal teaches; None where it teaches nothing new."""
     changed = {each.text for each in measured.protected_changed}
     answers = [(item.prompt, item.answer) for item in limits.protected if item.label in changed]
-    return [answer for answer in answers if answer not in case.broken]
+    broken = [answer for answer in answers if answer not in case.broken]
+    careful = case.careful or not changed or not broken
+    if not broken and careful == case.careful:
+        return None
+    return replace(case, broken=(*case.broken, *broken), careful=careful)
 
 
 def _fully_measured(engine: TransformersEngine, guard: Guard, found: Found, limits: Limits, phases: Phases) -> Found:

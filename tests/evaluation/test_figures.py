@@ -26,7 +26,7 @@ REFUSED = {
     "question": "q2",
     "state": "guard_refused",
     "right": False,
-    "held_out": [False],
+    "held_out": [False] * 4,
     "unseen": [False] * 4,
     "neighbours": 100,
     "unchanged": 100,
@@ -58,15 +58,15 @@ def test_lora_is_compared_on_the_same_cases_only() -> None:
         "question": "q1",
         "seconds": 8.0,
         "right": True,
-        "held_out": [True],
-        "unseen": [True] * 2 + [False] * 2,
+        "held_out": [True] * 2 + [False] * 2,
+        "unseen": [True] * 4,
         "contexts": 8,
     }
     slow = MENDED | {"question": "q3", "propose": 50.0}
     text = table(HEAD | {"single": [MENDED, slow], "lora": [lora]})
     assert line(text, "our proposal, 1 of the same cases")[2].startswith("2.00 s")
     assert line(text, "our seconds / LoRA's")[2:] == ["0.25", "yes"]
-    better = table(HEAD | {"single": [MENDED], "lora": [lora | {"held_out": [True], "unseen": [True] * 4}]})
+    better = table(HEAD | {"single": [MENDED], "lora": [lora | {"held_out": [True] * 4}]})
     assert line(better, "our seconds / LoRA's")[3] == "**no**"
     refused = table(HEAD | {"single": [MENDED, REFUSED], "lora": [lora, lora | {"question": "q2"}]})
     assert line(refused, "our seconds / LoRA's")[3] == "**no**"  # 3 of 8 in other wordings, against 4 of 8

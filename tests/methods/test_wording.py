@@ -8,7 +8,10 @@ from liveweight.methods.wording import (
     content_words,
     everyday_questions,
     first_sentence,
+    opening_of,
+    other_questions,
     rephrase,
+    same_questions,
     statements,
     subject_of,
 )
@@ -58,6 +61,43 @@ def test_rephrasings_are_other_wordings_and_hold_the_subject() -> None:
     assert len(set(found)) == 8
     assert all("Angola" in text for text in found)
     assert rephrase(question, 8) == found
+
+
+def test_a_common_relation_is_asked_in_other_words_too() -> None:
+    found = rephrase("What is the currency of Peru?", 11)
+    assert any("currency" not in text and "Peru" in text for text in found)
+    assert all(text.count("Peru") == 1 for text in found)
+
+
+def test_other_questions_ask_for_something_else_of_the_same_thing() -> None:
+    found = other_questions("What is the capital of Peru?", "Peru")
+    assert "What is the currency of Peru?" in found
+    assert not any("capital" in text for text in found)
+    assert all("Peru" in text for text in found)
+    assert other_questions("What did Peru have for lunch?", "Peru") == []  # what it asks cannot be told
+
+
+def test_the_same_question_is_offered_in_several_wordings_of_the_same_thing() -> None:
+    for same in same_questions():
+        assert len(set(same)) == len(same) > 4
+
+
+def test_other_questions_know_each_other() -> None:
+    for asked in other_questions("What is the capital of Peru?", "Peru"):
+        others = other_questions(asked, "Peru")
+        assert "What is the capital of Peru?" in others and asked not in others
+
+
+@pytest.mark.parametrize(
+    ("question", "opening"),
+    [
+        ("What is the capital of Peru?", "The capital of Peru is"),
+        ("Who wrote Hamlet?", ""),
+        ("Where is Rome?", "Rome is in"),
+    ],
+)
+def test_an_opening_ends_where_the_answer_begins(question: str, opening: str) -> None:
+    assert opening_of(question) == opening
 
 
 def test_a_question_of_no_known_form_still_gets_wrappers() -> None:

@@ -403,16 +403,25 @@ class TransformersEngine:
         """Logits (N, k) of some tokens (N, k) behind what leaves the final norm (N, width)."""
         return unembed_tokens(self.model, self.sites, final, tokens)
 
-    def leads(self, final: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def leads(self, final: Tensor, tokens: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nats by which each token (N,) leads the best other one behind `final` (N, width), and that other token (N,).
 
-        Below zero it trails. Differentiable in `final`, without a gradient as large as the vocabulary.
+        Below zero it trails. `among` (N, k) names the others to look at; else all are. Differentiable in `final`,
+        without a gradient as large as the vocabulary.
         """
         with torch.no_grad():
-            logits = self.unembed(final)
-            other = logits.scatter(1, tokens[:, None], float("-inf")).argmax(1)
+            if among is None:
+                other = self.rivals(final, tokens, 1)[:, 0]
+            else:
+                logits = self.unembed_tokens(final, among).masked_fill(among == tokens[:, None], float("-inf"))
+                other = among.gather(1, logits.argmax(1, keepdim=True))[:, 0]
         pair = self.unembed_tokens(final, torch.stack((tokens, other), dim=1)).float()
         return pair[:, 0] - pair[:, 1], other
+
+    def rivals(self, final: Tensor, tokens: Tensor, count: int) -> Tensor:
+        """The likeliest others (N, count) than each token (N,) behind `final` (N, width)."""
+        with torch.no_grad():
+            return self.unembed(final).scatter(1, tokens[:, None], float("-inf")).topk(count).indices
 
     def trace(
         self,

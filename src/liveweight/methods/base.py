@@ -58,6 +58,7 @@ class Case:
     about: tuple[Context, ...] = ()  # other questions, about this thing and about others: to be left alone too
     previous: tuple[Answered, ...] = ()  # earlier changes' and protected answers
     broken: tuple[Answered, ...] = ()  # those of them that a first try would change
+    careful: bool = False  # whether a first try would change too much that the case does not know of
 
     @property
     def key(self) -> tuple[int, int]:
@@ -89,4 +90,4 @@ class Described:
     propose: Method
     summary: str
     kinds: tuple[CaseKind, ...]
-    refits: bool = False  # whether it fits against `Case.broken`
+    refits: bool = False  # whether it fits against `Case.broken`, and otherwise where the case says careful

@@ -31,6 +31,7 @@ from liveweight.methods.wording import (
 
 CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
+ASKED = 12  # other things that are asked about the same thing
 ELSEWHERE = 8  # other things that something else is asked about
 OPENING = 11  # tokens of its own opening after which the model may be led to the wished answer
 LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
@@ -135,17 +136,15 @@ def _as_opened(
     ]
     if 0 not in elsewhere:
         return contexts
-    opened = list(contexts)
-    opened[0] = _behind(engine, contexts[:1], [answer], scores[:1], piece)[0]
-    if opened[0] is contexts[0]:
+    asked = _behind(engine, contexts[:1], [answer], scores[:1], piece)[0]
+    if asked is contexts[0]:
         return contexts
     others = elsewhere[1:]
     replies = engine.greedy([contexts[index].prompt for index in others], OPENING) if others else []
     texts = [engine.format.decode(reply) for reply in replies]
-    found = _behind(engine, [contexts[i] for i in others], texts, [scores[i] for i in others], piece)
-    for index, context in zip(others, found, strict=True):
-        opened[index] = context
-    return tuple(opened)
+    behind = _behind(engine, [contexts[i] for i in others], texts, [scores[i] for i in others], piece)
+    own = {0: asked} | dict(zip(others, behind, strict=True))
+    return tuple(own.get(index, context) for index, context in enumerate(contexts))
 
 
 def _behind(
@@ -157,8 +156,9 @@ def _behind(
     """
     slots: list[tuple[int, Context]] = []
     for row, (context, reply) in enumerate(zip(contexts, replies, strict=True)):
+        subject = subject_of(context.messages[-1].content) or ""
         for opening in _openings(first_sentence(reply)):
-            if opening[-1].isalnum() and len(engine.format.encode_text(opening)) < OPENING - 1:
+            if opening[-1].isalnum() and subject in opening and len(engine.format.encode_text(opening)) < OPENING - 1:
                 slots.append((row, _context(engine, context.messages, f"{opening} {piece}.", piece)))
     likeliest = [
         (float(score.logprobs[slice(*context.key)].sum()) - LEEWAY, context)
@@ -297,7 +297,7 @@ def _others(
 def _about(engine: TransformersEngine, question: str, subject: str, like: Sequence[str]) -> tuple[Context, ...]:
     """Other questions about this thing, and a few about other things of its kind."""
     asked = [(text, said) for text, said in questions_about(subject) if text != question]
-    asked += [(text, "") for text in other_questions(question, subject)]
+    asked += [(text, "") for text in other_questions(question, subject)[:ASKED]]
     for number, name in enumerate(like[:ELSEWHERE]):
         texts = other_questions(question, name)
         asked += [(text, opening_of(text)) for text in texts[number % max(len(texts), 1) :][:1]]

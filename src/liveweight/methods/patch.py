@@ -39,11 +39,13 @@ from liveweight.sites import patchable_layers
 
 STEEPNESS = 20.0  # the gate's scale: act(-20) is nothing
 NEAR = 0.5  # weight of the case's own neighbours beside everyday chats
+AGREE = 0.8  # the share of like questions whose answers are to begin with a token, for its neuron to open freely
 ABOUT = 2.0  # weight of other questions about the same thing, for neurons of a first token
 DUE = 20.0  # weight of the places where the neuron is to be open
 BEGINNING = 3.0  # weight of where everyday replies begin, for neurons of an opening
 MARGIN = 4.0  # nats by which a mended token is to lead
 CLOSE = 0.3  # of MARGIN: near enough to stop
+RIVALS = 48  # tokens that each target is compared with while the neurons are optimised
 LONGEST_STEP = 1.0  # of the residual stream's usual norm
 MOST_NEURONS = 64
 PREVIOUS = 16  # protected answers, those to the most alike prompts, that the gates are fitted against
@@ -58,9 +60,14 @@ class _Near:
     begins: (
         Tensor  # where like questions' answers begin; apart, since that is where a first token's neuron has its likes
     )
+    said: Tensor  # (N,) the tokens that like questions' answers begin with
     about: Tensor  # where other questions' answers begin
     behind: Tensor  # behind all of these
     broken: list[Tensor]  # the whole of each protected answer that a first try would have changed
+
+    def agree(self, token: int) -> bool:
+        """Whether like questions' answers begin with this token anyway, nearly all of them."""
+        return not len(self.said) or float((self.said == token).float().mean()) >= AGREE
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,11 @@ class _Gate:
     ridge: float
 
 
-# A reply's first token decides which sentence it will be, so its neuron has to know a question in any wording; further
-# on, where like questions are most alike, a neuron only has to go on with a sentence that has begun.
-FIRST, FURTHER, ANSWER = _Gate(1.3, 0.7, 5.0, 0.03), _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.65, 1.35, 0.0, 1e-3)
+# A reply's first token decides which sentence it will be, so its neuron has to know a question in any wording: freely
+# where like questions' answers begin with that token anyway, and strictly where they do not, since then they would
+# change (or where a free one was refused). Further on a neuron only has to go on with a sentence that has begun.
+FIRST, STRICT = _Gate(1.1, 0.9, 5.0, 0.03), _Gate(0.7, 1.3, 5.0, 0.03)
+FURTHER, ANSWER = _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.5, 1.5, 0.0, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,9 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
             f"The wished answer has {len(due)} tokens that the model would not say, more than {MOST_NEURONS}.",
             hint="Give a shorter answer.",
         )
-    gates, ups, opens = _fit(batch, due, around, _neighbours(engine, case, layer))
+    near = _neighbours(engine, case, layer)
+    due = _uncontested(batch, due, near) or due
+    gates, ups, opens = _fit(batch, due, around, near, careful=case.careful)
     act = engine.sites.activation_function(layer)
     assert act is not None, layer
     open_value = act(STEEPNESS * opens)  # (P,)
@@ -275,7 +286,11 @@ def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> _Near:
     reads = [read.float() for _, read in seen]
     nothing = torch.empty(0, engine.sites.width, device=engine.model.device)
     unlike = len(rows) - len(case.broken)
+    finals = [final[:1] for final, _ in seen[: len(case.others)]]
+    with engine.gate.step(), torch.no_grad():
+        said = engine.unembed(torch.cat(finals)).argmax(-1) if finals else nothing[:, 0]
     return _Near(
+        said=said,
         begins=torch.cat([nothing, *(read[:1] for read in reads[: len(alike)])]),
         about=torch.cat([nothing, *(read[:1] for read in reads[len(alike) : unlike])]),
         behind=torch.cat([nothing, *(read[1:] for read in reads[:unlike])]),
@@ -283,7 +298,22 @@ def _neighbours(engine: TransformersEngine, case: Case, layer: int) -> _Near:
     )
 
 
-def _fit(batch: _Batch, due: list[int], around: Surroundings, near: _Near) -> tuple[Tensor, Tensor, Tensor]:
+def _uncontested(batch: _Batch, due: list[int], near: _Near) -> list[int]:
+    """The due places without the openings of other wordings that like questions would have to share.
+
+    Where a question's answers begin now with this token and now with that one, a neuron for one of them tips others'.
+    """
+    asked, dropped = set(batch.place[0].tolist()), set()
+    for place in due:
+        first = place % _OPENING == 0 and place >= _OPENING
+        if first and place not in asked and not near.agree(int(batch.target[batch.place == place][0])):
+            dropped.add(place // _OPENING)
+    return [place for place in due if place // _OPENING not in dropped]
+
+
+def _fit(
+    batch: _Batch, due: list[int], around: Surroundings, near: _Near, *, careful: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gate and up rows, (P, width) each, for the places in `due`; and what each gate reads where it is open, (P,)."""
     x, device = batch.x, batch.x.device
     usual = _Left(around.moment.to(device), around.mean.to(device))
@@ -293,7 +323,9 @@ def _fit(batch: _Batch, due: list[int], around: Surroundings, near: _Near) -> tu
         own = batch.place == place
         here, rest = torch.cat((x[own], batch.also.get(place, x[:0, 0]))), x[(batch.place >= 0) & ~own]
         first = bool(own[:, 0].sum() == own.sum())
-        gate = FIRST if first else FURTHER if place >= _OPENING else ANSWER
+        gate = FURTHER if place >= _OPENING else ANSWER
+        if first:
+            gate = FIRST if near.agree(int(batch.target[own][0])) and not careful else STRICT
         left = behind.and_(NEAR, near.begins, rest)
         if gate is not ANSWER:
             left = left.plus(BEGINNING, around.first_moment.to(device), around.first_mean.to(device))
@@ -351,6 +383,7 @@ def _optimise(
     stream = replay.inputs[layer].detach()
     most = LONGEST_STEP * float(stream[rows, columns].float().norm(dim=-1).median())
     down: nn.Module = engine.sites.weight(engine.sites.mlp_part(layer, "down")).module
+    rivals: Tensor | None = None  # (n, k), what a target may have to beat; what else may is looked at in the end
     for _ in range(settings.max_steps):
         with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             handle = down.register_forward_hook(lambda _, args, out: out + (fires @ writes).to(out.dtype))
@@ -358,10 +391,18 @@ def _optimise(
                 final = replay.run(layer, stream)
             finally:
                 handle.remove()
-            gap = torch.relu(goal - engine.leads(final[rows, columns], target)[0])
+            final = final[rows, columns]
+            if rivals is None:
+                rivals = engine.rivals(final, target, RIVALS)
+            gap = torch.relu(goal - engine.leads(final, target, rivals)[0])
             worst = float(gap.detach().max())
             if worst < CLOSE * MARGIN:
-                break
+                others = engine.rivals(final, target, 1)
+                if bool((rivals == others).any(1).all()):
+                    break
+                rivals = torch.cat((rivals, others), dim=1)
+                gap = torch.relu(goal - engine.leads(final, target, rivals)[0])
+                worst = float(gap.detach().max())
             loss = gap.sum()
             (gradient,) = torch.autograd.grad(loss, [writes])
         with torch.no_grad():
