@@ -151,10 +151,9 @@ def _again(case: Case, measured: GuardReport, limits: Limits) -> Case | None:
     changed = {each.text for each in measured.protected_changed}
     answers = [(item.prompt, item.answer) for item in limits.protected if item.label in changed]
     broken = [answer for answer in answers if answer not in case.broken]
-    careful = case.careful or not changed or not broken
-    if not broken and careful == case.careful:
+    if not broken and case.careful:
         return None
-    return replace(case, broken=(*case.broken, *broken), careful=careful)
+    return replace(case, broken=(*case.broken, *broken), careful=case.careful or not broken)
 
 
 def _fully_measured(engine: TransformersEngine, guard: Guard, found: Found, limits: Limits, phases: Phases) -> Found:

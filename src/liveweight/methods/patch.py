@@ -317,6 +317,7 @@ def _fit(
     """Gate and up rows, (P, width) each, for the places in `due`; and what each gate reads where it is open, (P,)."""
     x, device = batch.x, batch.x.device
     usual = _Left(around.moment.to(device), around.mean.to(device))
+    begins = _Left(around.first_moment.to(device), around.first_mean.to(device))
     behind = usual.and_(NEAR, near.behind, *near.broken)
     gates, ups, opens = [], [], []
     for place in due:
@@ -328,7 +329,7 @@ def _fit(
             gate = FIRST if near.agree(int(batch.target[own][0])) and not careful else STRICT
         left = behind.and_(NEAR, near.begins, rest)
         if gate is not ANSWER:
-            left = left.plus(BEGINNING, around.first_moment.to(device), around.first_mean.to(device))
+            left = left.plus(BEGINNING, begins.moment, begins.mean)
         if first:
             left = left.and_(ABOUT, near.about)
         key, due_here = here.mean(0), DUE * here.T @ here / len(here)
@@ -337,9 +338,8 @@ def _fit(
         solved = torch.linalg.solve(left.ridged(system, gate.ridge), goals)
         up = solved[:, 1]
         if first:
-            begins, mean = BEGINNING * around.first_moment.to(device), BEGINNING * around.first_mean.to(device)
-            system = behind.ridged(behind.moment + begins + due_here, gate.ridge)
-            up = torch.linalg.solve(system, mean + DUE * key)
+            system = behind.ridged(behind.moment + BEGINNING * begins.moment + due_here, gate.ridge)
+            up = torch.linalg.solve(system, BEGINNING * begins.mean + DUE * key)
         gates.append(solved[:, 0])
         ups.append(up / (up @ key))
         opens.append(gate.opens)
