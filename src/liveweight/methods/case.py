@@ -24,6 +24,7 @@ from liveweight.methods.wording import (
     opening_of,
     other_questions,
     questions_about,
+    repetition,
     rephrase,
     statements,
     subject_of,
@@ -33,12 +34,18 @@ CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
 ASKED = 12  # other things that are asked about the same thing
 ELSEWHERE = 8  # other things that something else is asked about
+SAID = 4  # of them, one in so many with the whole of a sentence like the judged one
 OPENING = 11  # tokens of its own opening after which the model may be led to the wished answer
 LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
+ASKED_OTHERS = 2  # like questions whose answers' openings are looked at
 ALTERNATIVES = 8  # of the judged word, that another answer may begin with
+ABOUT = 0.75  # of a question's words, that a text about it has
+CIRCLING = 0.2  # of its runs of three words said before, and a text goes in circles
 UNLIKELY = -7.0  # nats; what is less likely than this the model would not say by itself
 _NAMED_WITHIN = 3  # words behind the first new one, in which a name or a number is what the answer says
 _SENTENCE = 40  # tokens that a first sentence may have
+_REPLY = 48  # tokens of another answer that are looked at
+_AT_ONCE = 4  # other answers that are looked at together
 
 
 def build_case(
@@ -63,6 +70,8 @@ def build_case(
             "There is no question to mend an answer to.", hint="The chat must end with a user's message."
         )
     question = turns[-1].content.strip()
+    subject = subject_of(question)
+    like = _like(engine, subject) if subject else []
     if kind == "fix":
         if wanted is None or not wanted.strip():
             raise InvalidInput("The wished answer is empty.", hint="Say what the right answer is.")
@@ -80,9 +89,7 @@ def build_case(
             )
     contexts = _contexts(engine, turns, question, sentence, piece, rewordings=0 if kind == "good" else CONTEXTS - 1)
     if kind != "good":
-        contexts = _as_opened(engine, contexts, answer, piece)
-    subject = subject_of(question)
-    like = _like(engine, subject) if subject else []
+        contexts = _as_opened(engine, contexts, answer, piece, like)
     return Case(
         kind=kind,
         messages=turns,
@@ -91,7 +98,7 @@ def build_case(
         wanted=engine.format.decode(contexts[0].target).strip(),
         contexts=contexts,
         subject=subject,
-        others=_others(engine, question, contexts, subject, like) if subject else (),
+        others=_others(engine, question, contexts, subject, like, answer) if subject else (),
         about=_about(engine, question, subject, like) if subject else (),
         previous=tuple((tuple(prompt), tuple(reply)) for prompt, reply in previous),
     )
@@ -121,12 +128,12 @@ def _contexts(
 
 
 def _as_opened(
-    engine: TransformersEngine, contexts: tuple[Context, ...], answer: str, piece: str
+    engine: TransformersEngine, contexts: tuple[Context, ...], answer: str, piece: str, like: Sequence[str]
 ) -> tuple[Context, ...]:
     """The contexts, with targets that follow the model's own openings where the judged answer has one of its own.
 
-    Where the model opens its answer to the question as asked with the common sentence, or with something that the
-    wished answer cannot go on from, the common sentence is taught in every wording.
+    Where it has one that the wished answer cannot go on from, it gets the one that the same question about other things
+    usually has. Where that is the common sentence's, that is taught in every wording.
     """
     scores = engine.score([ScoreItem(context.prompt, context.target) for context in contexts])
     elsewhere = [
@@ -136,28 +143,54 @@ def _as_opened(
     ]
     if 0 not in elsewhere:
         return contexts
-    asked = _behind(engine, contexts[:1], [answer], scores[:1], piece)[0]
+    asked = _behind(engine, contexts[:1], [[answer]], scores[:1], piece)[0]
+    if asked is contexts[0]:
+        usual = _as_others_are_answered(engine, contexts[0], like)
+        asked = _behind(engine, contexts[:1], [usual], scores[:1], piece)[0]
     if asked is contexts[0]:
         return contexts
     others = elsewhere[1:]
     replies = engine.greedy([contexts[index].prompt for index in others], OPENING) if others else []
-    texts = [engine.format.decode(reply) for reply in replies]
+    texts = [[engine.format.decode(reply)] for reply in replies]
     behind = _behind(engine, [contexts[i] for i in others], texts, [scores[i] for i in others], piece)
     own = {0: asked} | dict(zip(others, behind, strict=True))
     return tuple(own.get(index, context) for index, context in enumerate(contexts))
 
 
+def _as_others_are_answered(engine: TransformersEngine, context: Context, like: Sequence[str]) -> list[str]:
+    """How the same question about other things is answered, said of this one; empty where that is as the context says.
+
+    By the token that most of these answers begin with.
+    """
+    question = context.messages[-1].content
+    subject, names = subject_of(question), like[:OTHERS]
+    if not subject or not names:
+        return []
+    prompts = [engine.encode([Message("user", question.replace(subject, name))]) for name in names]
+    said = [reply[0] if reply else None for reply in engine.greedy(prompts, 1)]
+    usual = max(said, key=said.count)
+    if said.count(usual) < ASKED_OTHERS or said.count(context.target[0]) == said.count(usual):
+        return []
+    rows = [row for row, token in enumerate(said) if token == usual][:ASKED_OTHERS]
+    replies = engine.greedy([prompts[row] for row in rows], OPENING)
+    return [engine.format.decode(reply).replace(names[row], subject) for row, reply in zip(rows, replies, strict=True)]
+
+
 def _behind(
-    engine: TransformersEngine, contexts: Sequence[Context], replies: Sequence[str], scores: Sequence[Score], piece: str
+    engine: TransformersEngine,
+    contexts: Sequence[Context],
+    replies: Sequence[Sequence[str]],
+    scores: Sequence[Score],
+    piece: str,
 ) -> list[Context]:
-    """The contexts with the wished answer where the model finds it likeliest behind the opening of its own reply.
+    """The contexts with the wished answer where the model finds it likeliest behind the opening of one of its replies.
 
     Where that is nowhere near as likely as behind the common sentence's opening (`scores`), the common one stays.
     """
     slots: list[tuple[int, Context]] = []
-    for row, (context, reply) in enumerate(zip(contexts, replies, strict=True)):
+    for row, (context, own) in enumerate(zip(contexts, replies, strict=True)):
         subject = subject_of(context.messages[-1].content) or ""
-        for opening in _openings(first_sentence(reply)):
+        for opening in dict.fromkeys(opening for reply in own for opening in _openings(first_sentence(reply))):
             if opening[-1].isalnum() and subject in opening and len(engine.format.encode_text(opening)) < OPENING - 1:
                 slots.append((row, _context(engine, context.messages, f"{opening} {piece}.", piece)))
     likeliest = [
@@ -190,7 +223,7 @@ def _best_statement(
     words = content_words(question)
     # The model's own opening is a candidate too, as far as it is about what was asked.
     for opening in _openings(first_sentence(answer)):
-        if words and len(words & content_words(opening)) >= 0.75 * len(words):
+        if _is_about(opening, words):
             candidates.append(f"{opening} {wanted.rstrip('.')}.")
     candidates = list(dict.fromkeys(candidates))[:12]
     if len(candidates) == 1:
@@ -203,40 +236,84 @@ def _best_statement(
     return candidates[best]
 
 
+def _is_about(text: str, asked: set[str]) -> bool:
+    """Whether a text speaks of what was asked: it has most of the question's words that carry meaning."""
+    return bool(asked) and len(asked & content_words(text)) >= ABOUT * len(asked)
+
+
 def _next_best(
     engine: TransformersEngine, turns: Sequence[Message], question: str, answer: list[int]
 ) -> tuple[str, str]:
-    """The model's own best answer without the judged one's word; and that word's replacement onwards."""
+    """The model's own best answer that claims something else, as a sentence; and what stands behind its opening.
+
+    An answer that goes on in circles is only taken where no other one is found.
+    """
     prompt = engine.encode(turns)
-    judged = first_sentence(engine.format.decode(answer)).lower()
-    asked = content_words(question)
-    for position in _claim_starts(engine, answer, asked):
-        head = answer[:position]
+    judged = first_sentence(engine.format.decode(answer))
+    asked, circling = content_words(question), None
+    for head in _heads(engine, prompt, question, answer, judged):
         opening = engine.format.decode(head)
-        claims = _claims(first_sentence(engine.format.decode(answer[position:])), asked)
         final = engine.record([[*prompt, *head]], [len(prompt) + len(head) - 1]).final[0, 0]
         with engine.gate.step(), torch.no_grad():
             logprobs = engine.unembed(final).float().cpu().log_softmax(-1)
-        for token in logprobs.topk(ALTERNATIVES).indices.tolist():
-            if token == answer[position] or token in engine.format.end_tokens:
-                continue
-            if float(logprobs[token]) < UNLIKELY:
-                break
-            rest = engine.greedy([[*prompt, *head, token]], _SENTENCE)[0]
-            text = first_sentence(engine.format.decode([*head, token, *rest]))
-            new = text[len(opening) :].strip()
-            other = _claims(new, asked)
-            if other and other[0] not in claims and text.lower() != judged:
-                return text, new
-    raise NoMendFound(
-        "The model has no other answer to this question that it would give by itself.",
-        hint="Say what the answer should be with fix.",
-    )
+        likely = [each for each in logprobs.topk(ALTERNATIVES).indices.tolist() if float(logprobs[each]) >= UNLIKELY]
+        offered = [each for each in likely if each not in engine.format.end_tokens]
+        for start in range(0, len(offered), _AT_ONCE):
+            tried = offered[start : start + _AT_ONCE]
+            for token, rest in zip(tried, engine.greedy([[*prompt, *head, t] for t in tried], _REPLY), strict=True):
+                text = engine.format.decode([*head, token, *rest]).strip()
+                sentence = first_sentence(text)
+                found = sentence, sentence[len(opening.strip()) :].strip()
+                if not _claims_another(found[1], judged, asked):
+                    continue
+                if repetition(text) <= CIRCLING:
+                    return found
+                circling = circling or found
+    if circling is None:
+        raise NoMendFound(
+            "The model has no other answer to this question that it would give by itself.",
+            hint="Say what the answer should be with fix.",
+        )
+    return circling
+
+
+def _heads(
+    engine: TransformersEngine, prompt: Sequence[int], question: str, answer: list[int], judged: str
+) -> list[list[int]]:
+    """Beginnings that another answer may go on from: the judged answer's own, and how such a question is answered.
+
+    The latter come first where the judged answer is about something else than what was asked.
+    """
+    asked = content_words(question)
+    own = [answer[:position] for position in _claim_starts(engine, answer, asked)]
+    opening = opening_of(question)
+    if not opening or judged.startswith(opening):
+        return own
+    common = [engine.format.encode_continuation(prompt, opening)]
+    return [*own, *common] if _is_about(judged, asked) else [*common, *own]
+
+
+def _claims_another(text: str, judged: str, asked: set[str]) -> bool:
+    """Whether the rest of an answer claims something that the judged one does not, and no longer what that one did."""
+    old, new = _claims(judged, asked), _claims(text, asked)
+    if not new:
+        return False
+    said = {word.lower() for word in old}
+    return _main(new).lower() not in said and not (old and _main(old).lower() in {word.lower() for word in new})
 
 
 def _claims(text: str, asked: set[str]) -> list[str]:
-    """The words of an answer that carry meaning and that the question did not bring, in order and lower case."""
-    return [word for word in re.findall(r"\w+", text.lower()) if content_words(word) - asked]
+    """The words of an answer that carry meaning and that the question did not bring, in order."""
+    return [word for word in re.findall(r"\w+", text) if content_words(word) - asked]
+
+
+def _main(claims: Sequence[str]) -> str:
+    """The word that an answer is about: a name or a number near its beginning, else the first one."""
+    return next((word for word in claims[: _NAMED_WITHIN + 1] if _is_name(word)), claims[0])
+
+
+def _is_name(word: str) -> bool:
+    return word[:1].isupper() or word[:1].isdigit()
 
 
 def _claim_starts(engine: TransformersEngine, answer: list[int], asked: set[str]) -> list[int]:
@@ -251,8 +328,7 @@ def _claim_starts(engine: TransformersEngine, answer: list[int], asked: set[str]
         rest = engine.format.decode(answer[index:]).strip().split(" ")[0]
         if content_words(rest) - asked:
             first = words if first is None and index else first
-            named = rest[:1].isupper() or rest[:1].isdigit()
-            found.append((not (named and words - (first or words) <= _NAMED_WITHIN), index))
+            found.append((not (_is_name(rest) and words - (first or words) <= _NAMED_WITHIN), index))
     # What stands in the middle of the sentence is what it says, a name or a number above all; its first word may be
     # how the model always begins.
     return ([index for _, index in sorted(found) if index] + [0])[:4] if answer else []
@@ -275,21 +351,30 @@ def _key(engine: TransformersEngine, target: Sequence[int], sentence: str, piece
 
 
 def _others(
-    engine: TransformersEngine, question: str, contexts: Sequence[Context], subject: str, like: Sequence[str]
+    engine: TransformersEngine,
+    question: str,
+    contexts: Sequence[Context],
+    subject: str,
+    like: Sequence[str],
+    answer: str,
 ) -> tuple[Context, ...]:
     """The same question about other things of its kind.
 
-    Behind the opening of the question as asked, some behind one that the model has for other wordings.
+    Behind the opening of the question as asked, some behind one that the model has for other wordings, and some with
+    the whole of the judged sentence, as if it were said of them: what stands behind an answer is to be left alone too.
     """
     openings = list(
         dict.fromkeys(engine.format.decode(context.target[: context.key[0]]).strip() for context in contexts)
     )
+    judged = first_sentence(answer)
     found = []
     for number, name in enumerate(like[:OTHERS]):
         chat = (Message("user", question.replace(subject, name)),)
         chosen = [openings[0]]
         if number % 3 == 0 and len(openings) > 1:
             chosen.append(openings[1 + number // 3 % (len(openings) - 1)])
+        if number % SAID == 1:
+            chosen.append(judged)
         found += [_context(engine, chat, opening.replace(subject, name) or name) for opening in chosen]
     return tuple(found)
 

@@ -23,7 +23,7 @@ the least used ones. The step length: Polyak, "Minimization of unsmooth function
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
 
 STEEPNESS = 20.0  # the gate's scale: act(-20) is nothing
-NEAR = 0.5  # weight of the case's own neighbours beside everyday chats
+NEAR = 2.0  # weight of the case's own neighbours beside everyday chats
 AGREE = 0.8  # the share of like questions whose answers are to begin with a token, for its neuron to open freely
 ABOUT = 2.0  # weight of other questions about the same thing, for neurons of a first token
 DUE = 20.0  # weight of the places where the neuron is to be open
@@ -48,6 +48,8 @@ CLOSE = 0.3  # of MARGIN: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while the neurons are optimised
 LONGEST_STEP = 1.0  # of the residual stream's usual norm
 MOST_NEURONS = 64
+CROWD = 8  # patches in the model from which on new ones are fitted more strictly: what each moves adds up
+CLOSER = 0.2  # by how much their gates then open less, and shut more
 PREVIOUS = 16  # protected answers, those to the most alike prompts, that the gates are fitted against
 USUAL = 16  # neurons that a mend seldom needs more of: what must be left of a layer's spare ones
 _OPENING = 1000  # places from here on are in an opening
@@ -148,7 +150,8 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
         )
     near = _neighbours(engine, case, layer)
     due = _uncontested(batch, due, near) or due
-    gates, ups, opens = _fit(batch, due, around, near, careful=case.careful)
+    crowded = sum(each.adjustment.method == "patch" for each in engine.state) >= CROWD
+    gates, ups, opens = _fit(batch, due, around, near, careful=case.careful or crowded, closer=CLOSER * crowded)
     act = engine.sites.activation_function(layer)
     assert act is not None, layer
     open_value = act(STEEPNESS * opens)  # (P,)
@@ -312,7 +315,7 @@ def _uncontested(batch: _Batch, due: list[int], near: _Near) -> list[int]:
 
 
 def _fit(
-    batch: _Batch, due: list[int], around: Surroundings, near: _Near, *, careful: bool
+    batch: _Batch, due: list[int], around: Surroundings, near: _Near, *, careful: bool, closer: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gate and up rows, (P, width) each, for the places in `due`; and what each gate reads where it is open, (P,)."""
     x, device = batch.x, batch.x.device
@@ -327,8 +330,9 @@ def _fit(
         gate = FURTHER if place >= _OPENING else ANSWER
         if first:
             gate = FIRST if near.agree(int(batch.target[own][0])) and not careful else STRICT
+        gate = replace(gate, opens=gate.opens - closer, shuts=gate.shuts + closer)
         left = behind.and_(NEAR, near.begins, rest)
-        if gate is not ANSWER:
+        if first or place >= _OPENING:
             left = left.plus(BEGINNING, begins.moment, begins.mean)
         if first:
             left = left.and_(ABOUT, near.about)

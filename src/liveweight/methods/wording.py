@@ -164,7 +164,7 @@ def subject_of(question: str) -> str | None:
     joinable = False
     for index, word in enumerate(words):
         text = word.group()
-        if index > 0 and text[0].isupper() and text not in ("I", "I'm", "I've", "I'd", "I'll"):
+        if index > 0 and text.lstrip("(")[:1].isupper() and text not in ("I", "I'm", "I've", "I'd", "I'll"):
             start = runs.pop()[0] if joinable and runs else word.start()
             runs.append((start, word.end()))
             joinable = not text.endswith((".", "?", "!", ";", ":")) and not text.rstrip("?.!,").endswith("'s")
@@ -174,7 +174,8 @@ def subject_of(question: str) -> str | None:
         return None
     start, end = runs[-1]
     subject = re.sub(r"(?:'s)?[?.!,;:]*$", "", question[start:end])
-    return subject or None
+    # A bracket may stand in a name ("Cocos (Keeling) Islands"), but not around it.
+    return subject.strip("()") or None if subject.startswith("(") else subject or None
 
 
 def statements(question: str, answer: str) -> list[str]:
@@ -214,3 +215,10 @@ def first_sentence(text: str) -> str:
 def content_words(text: str) -> set[str]:
     """The words of a text that carry its meaning, in lower case."""
     return {word for word in re.findall(r"\w+", text.lower()) if word not in _STOPWORDS}
+
+
+def repetition(text: str) -> float:
+    """The share of a text's runs of three words that stood in it before."""
+    words = re.findall(r"\w+", text.lower())
+    runs = list(zip(words, words[1:], words[2:], strict=False))
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
