@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liveweight.adjustments import Active, Adjustment, LowRank, Steer
+from liveweight.adjustments import Active, Adjustment, LowRank, ReplaceNeurons, Steer
 from liveweight.engines.base import Message, Objective, Sampling, ScoreItem
 from liveweight.engines.decoding import DirectDecoder, ModuleDecoder
 from liveweight.engines.replay import run_whole
@@ -45,6 +45,27 @@ def test_the_direct_decoder_says_what_the_modules_say(architecture: str, tmp_pat
             torch.testing.assert_close(direct.feed([token]), modules.feed([token]), rtol=1e-4, atol=1e-5)
         # A second turn read onto a cache that decoding has written.
         torch.testing.assert_close(direct.feed([2, 3, 5]), modules.feed([2, 3, 5]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_direct_decoder_runs_the_spare_neurons_that_write_something_and_no_others(tmp_path: Path) -> None:
+    engine = tiny_engine("qwen2", tmp_path)
+    layer = next(layer for layer in range(engine.sites.layers) if engine.sites.spare_of(layer))
+    own = engine.sites.neurons_of(layer)
+    rows = torch.randn(3, 2, engine.sites.width, generator=torch.Generator().manual_seed(3))
+    op = ReplaceNeurons(
+        layer=layer, neurons=(own, own + 2), gate=rows[0], up=rows[1], down=rows[2].T.contiguous() * 5, bias=None
+    )
+    said = []
+    for state, run in (((), own), ((Active(Adjustment(name="two", method="test", ops=(op,))),), own + 3)):
+        engine.become(state)
+        direct, modules = DirectDecoder(engine.model, engine.sites), ModuleDecoder(engine.model, engine.sites)
+        with torch.inference_mode():
+            direct.feed(PROMPT)
+            modules.feed(PROMPT)
+            said.append(direct.feed([4]))
+            torch.testing.assert_close(said[-1], modules.feed([4]), rtol=1e-4, atol=1e-5)
+        assert direct.neurons[layer].shape == (run,)
+    assert not torch.allclose(*said)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "phi3"])

@@ -10,6 +10,7 @@ from liveweight.methods.wording import (
     first_sentence,
     opening_of,
     other_questions,
+    repetition,
     rephrase,
     same_questions,
     statements,
@@ -27,6 +28,8 @@ from liveweight.methods.wording import (
             "Saint Helena, Ascension and Tristan da Cunha",
         ),
         ("Do you know Peru's currency?", "Peru"),
+        ("Who lives on Cocos (Keeling) Islands?", "Cocos (Keeling) Islands"),
+        ("Is it so (Perhaps)?", "Perhaps"),
         ("Who wrote Pride and Prejudice?", "Pride and Prejudice"),
         ("why is the sky blue?", None),
         ("What should I eat?", None),
@@ -121,3 +124,9 @@ def test_a_first_sentence_ends_at_its_own_full_stop(text: str, sentence: str) ->
 def test_everyday_questions_are_many_and_content_words_leave_the_small_ones_out() -> None:
     assert len(everyday_questions()) >= 150
     assert content_words("What is the capital of Angola?") == {"capital", "angola"}
+
+
+def test_repetition_is_the_share_of_runs_of_three_words_that_stood_there_before() -> None:
+    assert repetition("one two three four five") == 0.0
+    assert repetition("a b c a b c") == pytest.approx(1 / 4)  # abc bca cab abc
+    assert repetition("two words") == 0.0

@@ -13,7 +13,7 @@ from liveweight.engines.model_source import LoadedModel
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
 from liveweight.methods import Case, build_case, patch, works
-from liveweight.methods.wording import first_sentence
+from liveweight.methods.wording import first_sentence, repetition
 from liveweight.settings import MethodSettings
 
 pytestmark = pytest.mark.real
@@ -95,6 +95,24 @@ def test_a_bad_without_an_answer_gives_the_models_next_best_one(engine: Transfor
     engine.become((Active(patch.propose(engine, case, MethodSettings())),))
     assert works(engine, case)
     assert answer(engine, ANGOLA[0].content) == case.wanted
+
+
+def test_a_bad_for_a_reply_that_answers_something_else_brings_an_answer(engine: TransformersEngine) -> None:
+    question = "What is the capital of Botswana?"
+    judged = answer(engine, question)
+    assert judged.startswith("Botswana is a landlocked country")
+    case = build_case(engine, [Message("user", question)], judged, engine.format.encode_text(judged), kind="bad")
+    assert case.wanted.startswith("The capital of Botswana is ")
+    assert repetition(case.wanted) == 0.0
+
+
+def test_an_opening_that_cannot_go_on_is_replaced_by_that_of_like_questions(engine: TransformersEngine) -> None:
+    question = "What language do people speak in Botswana?"
+    judged = answer(engine, question)
+    assert judged.startswith("Botswana is a Bantu language")
+    tokens = engine.format.encode_text(judged)
+    case = build_case(engine, [Message("user", question)], judged, tokens, kind="fix", wanted="English")
+    assert case.wanted.startswith("In Botswana, ")
 
 
 def test_an_empty_wish_is_refused(engine: TransformersEngine) -> None:
