@@ -1,8 +1,9 @@
-"""What every test may use: the embedded model, and no settings of the person who runs the tests."""
+"""What every test may use: the embedded model, a real PostgreSQL, and no settings of the person who runs the tests."""
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,27 @@ def embedded(model_cache: Path) -> LoadedModel:
     from liveweight.settings import Settings
 
     return load(resolve("smollm2", settings=Settings(cache_dir=model_cache)), device="cpu", progress=False)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Iterator[str]]:
+    """URLs of fresh databases, one after another, in a server that runs for the whole session."""
+    from tests.ledger import private_postgresql
+    from tests.requirements_present import require
+
+    require(importlib.util.find_spec("psycopg") is not None, "psycopg is not installed")
+    why = private_postgresql.missing()
+    require(not why, why)
+    import psycopg
+
+    def fresh(folder: str) -> Iterator[str]:
+        for number in itertools.count():
+            with psycopg.connect(f"host={folder} user=liveweight dbname=postgres", autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE ledger_{number}")
+            yield f"postgresql+psycopg://liveweight@/ledger_{number}?host={folder}"
+
+    with private_postgresql.server() as folder:
+        yield fresh(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -310,18 +310,27 @@ def test_a_method_that_refits_is_asked_again_with_the_protected_answers_that_it_
     assert len(asked) == 4
 
 
-def test_the_second_start_is_in_the_state_that_the_first_left(tmp_path: Path) -> None:
-    settings = tiny_settings(tmp_path)
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_the_second_start_is_in_the_state_that_the_first_left(
+    database: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = None if database == "sqlite" else next(request.getfixturevalue("postgresql"))
+    settings = tiny_settings(tmp_path, database_url=url)
     with LiveModel.load(settings=settings) as live:
         live.fix(live.chat(QUESTION), "z")
         live.fix(live.chat(OTHER), "k", force=True)  # the first answer is protected, and this method spares nothing
+        base = live.fingerprints()
         live.set_strength("c2", 0.5)
         left = live.fingerprints()
+        assert left != base
         with pytest.raises(WorkspaceBusy):
             LiveModel.load(settings=settings)
     with LiveModel.load(settings=settings) as live:
         assert live.notices == ()
         assert live.fingerprints() == left
+        live.set_strength("c2", 1.0)
+        assert live.fingerprints() == base
+        assert [(change.label, change.state) for change in live.changes()] == [("c1", "active"), ("c2", "active")]
 
 
 def test_threads_may_judge_and_chat_at_once(live: LiveModel) -> None:

@@ -81,7 +81,7 @@ def test_ops_in_the_checkpoints_coordinates_fit_a_grown_layer() -> None:
     torch.testing.assert_close(logits_of(sites.model, tiny_tokens()), logits_of(plain.model, tiny_tokens()))
     with pytest.raises(UnknownSite, match="neuron 40"):
         sites.check_neurons(layer, (40,))
-    with pytest.raises(UnknownSite, match="neuron 48"):
+    with pytest.raises(UnknownSite, match="neuron 48") as refused:
         WeightState(sites).become(
             state_of(
                 ReplaceNeurons(
@@ -89,6 +89,7 @@ def test_ops_in_the_checkpoints_coordinates_fit_a_grown_layer() -> None:
                 )
             )
         )
+    assert "0 to 47. The last 8 are spare ones" in refused.value.hint
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(30, [23, 24, 25]), (3, [1]), (2, [0]), (1, [0]), (12, [9, 10])])

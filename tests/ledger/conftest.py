@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from liveweight.ledger import Ledger
-from tests.ledger import private_postgresql
 from tests.ledger.ledger_examples import MODEL, Place
-from tests.requirements_present import require
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[Iterator[str]]:
-    """URLs of fresh databases, one after another, in a server that runs for the whole session."""
-    require(find_spec("psycopg") is not None, "psycopg is not installed")
-    why = private_postgresql.missing()
-    require(not why, why)
-    import psycopg
-
-    def fresh(folder: str) -> Iterator[str]:
-        for number in itertools.count():
-            with psycopg.connect(f"host={folder} user=liveweight dbname=postgres", autocommit=True) as connection:
-                connection.execute(f"CREATE DATABASE ledger_{number}")
-            yield f"postgresql+psycopg://liveweight@/ledger_{number}?host={folder}"
-
-    with private_postgresql.server() as folder:
-        yield fresh(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -262,14 +262,17 @@ class ModelSites:
         """Raises UnknownSite for a layer that this model does not have."""
         self._check_range("layer", layer, self.layers, f"in this {self.architecture} model")
 
-    def check_neurons(self, layer: int, neurons: tuple[int, ...], expert: int | None = None, spare: int = 0) -> None:
+    def check_neurons(
+        self, layer: int, neurons: tuple[int, ...], expert: int | None = None, spare: int | None = None
+    ) -> None:
         """Raises UnknownSite for a layer, an expert or a neuron that this model does not have.
 
-        `spare` neurons count beyond the layer's own.
+        Where `spare` is given, so many neurons count beyond the layer's own.
         """
         self.mlp_part(layer, "down", expert)
+        more = "" if spare is None else f" The last {spare} are spare ones; the setting spare_neurons says how many."
         for neuron in (min(neurons), max(neurons)):
-            self._check_range("neuron", neuron, self.neurons_of(layer) + spare, f"in layer {layer}")
+            self._check_range("neuron", neuron, self.neurons_of(layer) + (spare or 0), f"in layer {layer}", more)
 
     def check_heads(self, layer: int, heads: tuple[int, ...]) -> None:
         """Raises UnknownSite for a layer or a head that this model does not have."""
@@ -377,9 +380,9 @@ class ModelSites:
         near = difflib.get_close_matches(site, here, n=3, cutoff=0.3)
         return f"The nearest are {', '.join(near)}." if near else f"Some are {', '.join(here[:3])}."
 
-    def _check_range(self, what: str, value: int, count: int, where: str) -> None:
+    def _check_range(self, what: str, value: int, count: int, where: str, more: str = "") -> None:
         if not 0 <= value < count:
-            raise UnknownSite(f"There is no {what} {value} {where}.", hint=f"They are 0 to {count - 1}.")
+            raise UnknownSite(f"There is no {what} {value} {where}.", hint=f"They are 0 to {count - 1}.{more}")
 
     def _notes(self) -> tuple[str, ...]:
         notes = []
