@@ -10,6 +10,7 @@ from liveweight.errors import UnknownMethod
 from liveweight.methods import finetune, gain, one_shot, patch, rome, scale, select
 from liveweight.methods.base import Case, CaseKind, Context, Described, Method
 from liveweight.methods.case import build_case
+from liveweight.methods.trials import keyed
 from liveweight.methods.wording import content_words, first_sentence
 
 _ALL = (
@@ -53,8 +54,10 @@ def works(engine: TransformersEngine, case: Case) -> bool:
     A fix and a good: the wished answer's words stand in the first sentence. A bad: the judged answer's word is gone.
     """
     context = case.contexts[0]
-    said = first_sentence(engine.format.decode(_greedy(engine, case))).lower()
     wished = engine.format.decode(context.target[case.key[0] : case.key[1]]).strip().rstrip(".").lower()
+    if case.kind != "bad" and _says(engine, context, keyed(context)):
+        return True
+    said = first_sentence(engine.format.decode(_greedy(engine, case))).lower()
     if case.kind == "bad":
         judged = first_sentence(case.answer).lower()
         return said != judged and bool(content_words(judged) - content_words(said))
@@ -63,12 +66,16 @@ def works(engine: TransformersEngine, case: Case) -> bool:
 
 def _greedy(engine: TransformersEngine, case: Case) -> Sequence[int]:
     """The greedy answer to the first context; not generated where it is the wished one or the judged one."""
-    prompt = case.contexts[0].prompt
-    known = [tokens[:_REPLY] for tokens in (case.contexts[0].target, case.answer_tokens) if tokens]
-    for tokens, score in zip(known, engine.score([ScoreItem(prompt, tokens) for tokens in known]), strict=True):
-        if score.greedy:
+    context = case.contexts[0]
+    for tokens in (context.target[:_REPLY], case.answer_tokens[:_REPLY]):
+        if tokens and _says(engine, context, tokens):
             return tokens
-    return engine.greedy([prompt], _REPLY)[0]
+    return engine.greedy([context.prompt], _REPLY)[0]
+
+
+def _says(engine: TransformersEngine, context: Context, tokens: Sequence[int]) -> bool:
+    """Whether the greedy answer begins with these tokens; one pass tells."""
+    return engine.score([ScoreItem(context.prompt, tuple(tokens))])[0].greedy
 
 
 __all__ = [
