@@ -142,6 +142,9 @@ def test_a_report_read_back_from_the_ledger_is_the_one_that_was_given(live: Live
 def test_a_fixed_answer_is_protected_while_its_change_is_active(live: LiveModel) -> None:
     change = live.fix(live.chat(QUESTION), "z")
     assert [answer.label for answer in live.protected()] == [change.protected]
+    # The wished words, and not what this model goes on to say.
+    assert live.protected()[0].answer.strip().lower().endswith("z")
+    assert len(live.protected()[0].answer) < len(change.report.after if change.report else "")
     live.off(change)
     assert live.protected() == []
     live.on(change)

@@ -25,6 +25,8 @@ from liveweight.ledger import Change as Record
 from liveweight.ledger import Ledger, Move, Proposal, ProtectedAnswer
 from liveweight.methods import build_case, works
 from liveweight.methods.base import Answered, Case
+from liveweight.methods.trials import keyed
+from liveweight.methods.wording import may_ask_the_same
 from liveweight.reports import Change, Kind, Replaced, Reply, Report
 from liveweight.settings import Settings
 
@@ -158,7 +160,7 @@ class Judge:
         # A bad answer that an earlier change taught is what that change brought: it goes. A good one contradicts none.
         wanted = said.wanted if said.kind == "fix" else None
         found = [] if said.kind == "good" else self._ledger.conflicts(self._model, digest, key, wanted=wanted)
-        conflicts = tuple(each for each in found if each.prompt_hash == digest or _same_subject(case, each))
+        conflicts = tuple(each for each in found if each.prompt_hash == digest or _same_thing(case, each))
         same = [each for each in self._ledger.protected(self._model) if prompt_hash(_messages(each)) == digest]
         # What a replaced change protects goes off and comes back with it.
         replaced = set() if options.keep_both else {each.id for each in conflicts}
@@ -321,6 +323,10 @@ class Judge:
         return NoEffect(reason, hint="Try another method, or a model in float32.", change=change.label)
 
     def _protect_answer(self, work: _Work, change: Record, spoken: tuple[int, ...], feedback: int | None) -> None:
+        """Protect what was asked for: of a fix the answer through the wished words, not what is said behind them."""
+        wished = keyed(work.case.contexts[0])
+        if work.said.kind == "fix" and spoken[: len(wished)] == wished:
+            spoken = wished
         text = self._engine.format.decode(spoken)
         self._ledger.protect(self._model, work.said.reply.prompt, text, spoken, feedback=feedback, change=change.id)
 
@@ -432,12 +438,14 @@ def _unwritten(said: Judgement, report: Report, state: Any, best: Found | None, 
     )
 
 
-def _same_subject(case: Case, other: Record) -> bool:
-    """Whether two questions that wake the same neurons are about the same thing, as far as that can be told.
+def _same_thing(case: Case, other: Record) -> bool:
+    """Whether two questions that wake the same neurons ask the same about the same thing, as far as that can be told.
 
     Questions of one form ("What is the capital of …?") wake much the same, whatever they are about.
     """
-    return case.subject is None or case.subject.casefold() in other.question.casefold()
+    if case.subject is not None and case.subject.casefold() not in other.question.casefold():
+        return False
+    return may_ask_the_same(case.question, other.question)
 
 
 def _messages(answer: ProtectedAnswer) -> tuple[Message, ...]:

@@ -8,6 +8,7 @@ from liveweight.methods.wording import (
     content_words,
     everyday_questions,
     first_sentence,
+    may_ask_the_same,
     opening_of,
     other_questions,
     repetition,
@@ -130,3 +131,9 @@ def test_repetition_is_the_share_of_runs_of_three_words_that_stood_there_before(
     assert repetition("one two three four five") == 0.0
     assert repetition("a b c a b c") == pytest.approx(1 / 4)  # abc bca cab abc
     assert repetition("two words") == 0.0
+
+
+def test_questions_whose_forms_tell_different_things_do_not_ask_the_same() -> None:
+    assert not may_ask_the_same("What is the capital of Peru?", "What is the currency of Peru?")
+    assert may_ask_the_same("What is the capital of Peru?", "What is Peru's capital city?")
+    assert may_ask_the_same("What is the capital of Peru?", "Where do they govern Peru from?")

@@ -139,6 +139,12 @@ def other_questions(question: str, subject: str) -> list[str]:
     return [each["ask"].format(subj=subject) for each in _list("relations.json")["relations"] if each is not relation]
 
 
+def may_ask_the_same(question: str, other: str) -> bool:
+    """False where it can be told of two questions what they ask for, and it is not the same."""
+    one, two = _relation(question), _relation(other)
+    return one is None or two is None or one is two
+
+
 def _relation(question: str) -> dict[str, Any] | None:
     """The relation that a question asks for, as far as its form tells."""
     relations: list[dict[str, Any]] = _list("relations.json")["relations"]
