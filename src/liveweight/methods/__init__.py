@@ -54,20 +54,23 @@ def works(engine: TransformersEngine, case: Case) -> bool:
     A fix and a good: the wished answer's words stand in the first sentence. A bad: the judged answer's word is gone.
     """
     context = case.contexts[0]
-    wished = engine.format.decode(context.target[case.key[0] : case.key[1]]).strip().rstrip(".").lower()
     if case.kind != "bad" and _says(engine, context, keyed(context)):
         return True
     said = first_sentence(engine.format.decode(_greedy(engine, case))).lower()
     if case.kind == "bad":
         judged = first_sentence(case.answer).lower()
         return said != judged and bool(content_words(judged) - content_words(said))
+    wished = engine.format.decode(context.target[case.key[0] : case.key[1]]).strip().rstrip(".").lower()
     return wished in said
 
 
 def _greedy(engine: TransformersEngine, case: Case) -> Sequence[int]:
-    """The greedy answer to the first context; not generated where it is the wished one or the judged one."""
+    """The greedy answer to the first context; not generated where it is one that is known.
+
+    That is the judged one, or a bad's other one: whether a wished one comes was looked at before.
+    """
     context = case.contexts[0]
-    for tokens in (context.target[:_REPLY], case.answer_tokens[:_REPLY]):
+    for tokens in ((context.target[:_REPLY],) if case.kind == "bad" else ()) + (case.answer_tokens[:_REPLY],):
         if tokens and _says(engine, context, tokens):
             return tokens
     return engine.greedy([context.prompt], _REPLY)[0]
