@@ -19,6 +19,7 @@ from liveweight.adjustments import (
     Adjustment,
     BiasRouter,
     Clamp,
+    Codebook,
     Gain,
     MixHeads,
     ScaleHeads,
@@ -340,6 +341,29 @@ def test_a_router_bias_changes_which_experts_are_chosen(name: str) -> None:
     expect(sites, BiasRouter(layer=0, bias=bias), at_site("layers.0.mlp.router", lambda value, s: value + s * bias))
 
 
+@every_architecture
+def test_a_codebook_replaces_what_lies_near_a_key_and_nothing_else(name: str) -> None:
+    sites = model_sites(tiny_model(name))
+    with torch.no_grad():
+        seen: list[Tensor] = []
+        handle = sites.activation("layers.0.resid").on(lambda value: seen.append(value.clone()))
+        logits_of(sites.model, tiny_tokens())
+        handle.remove()
+    rows = seen[0].flatten(0, -2)
+    apart = torch.cdist(rows, rows) + 1e9 * torch.eye(len(rows))
+    radii = torch.tensor([0.4 * float(apart[2].min()), 0.4 * float(apart[4].min())])
+    keys, entries = rows[[2, 4]] + 0.1 * radii[:, None] / rows.shape[-1] ** 0.5, randn(2, WIDTH)
+
+    def change(value: Tensor, strength: float) -> Tensor:
+        new = value.clone().flatten(0, -2)
+        for number, row in enumerate((2, 4)):
+            new[row] += strength * (entries[number] - new[row])
+        return new.view_as(value)
+
+    book = Codebook(site="layers.0.resid", keys=keys, radii=radii, entries=entries)
+    expect(sites, book, at_site("layers.0.resid", change))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_in_bfloat16_activations_keep_their_dtype(name: str) -> None:
     model = tiny_model(name, torch.bfloat16)
@@ -419,6 +443,12 @@ BAD_OPS: list[tuple[str, ActivationOp, type[Exception], str]] = [
     ("llama", Ablate(site=STREAM, direction=torch.ones(3)), InvalidInput, "3 entries"),
     ("llama", MixHeads(layer=0, matrix=torch.ones(3, 3)), InvalidInput, "3 heads.*has 4"),
     ("llama", BiasRouter(layer=0, bias=torch.ones(5)), UnknownSite, r"layers\.0\.mlp\.router"),
+    (
+        "llama",
+        Codebook(site="layers.0.resid", keys=torch.ones(2, 3), radii=torch.ones(2), entries=torch.ones(2, 3)),
+        InvalidInput,
+        "3 entries",
+    ),
     ("mixtral", BiasRouter(layer=0, bias=torch.ones(4)), InvalidInput, "4 entries.*5"),
 ]
 

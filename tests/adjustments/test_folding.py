@@ -14,6 +14,7 @@ from liveweight.adjustments import (
     Adjustment,
     BiasRouter,
     Clamp,
+    Codebook,
     Dense,
     Gain,
     MixHeads,
@@ -96,6 +97,8 @@ def test_what_no_weight_can_say_does_not_fold_and_a_weight_op_is_itself() -> Non
     assert fold(Ablate(site="layers.1.resid", direction=randn(WIDTH)), sites) is None
     assert fold(Clamp(layer=0, neurons=(1,), values=torch.ones(1), expert=0), sites) is None
     assert fold(BiasRouter(layer=0, bias=torch.ones(5)), sites) is None
+    book = Codebook(site="layers.1.resid", keys=torch.ones(1, WIDTH), radii=torch.ones(1), entries=torch.ones(1, WIDTH))
+    assert fold(book, sites) is None
     dense = Dense(site="final_norm.weight", delta=torch.ones(WIDTH))
     assert fold(dense, sites) == (dense,)
 

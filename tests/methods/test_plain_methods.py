@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from liveweight.adjustments import Active, Adjustment, Dense, Gain, LowRank, ScaleNeurons, ScalePaths
-from liveweight.engines.base import ScoreItem
+from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, UnknownSite, Unsupported
-from liveweight.methods import finetune, gain, one_shot, rome, scale, select
+from liveweight.methods import alphaedit, constrained, finetune, gain, grace, lora, memit, one_shot, rome, scale, select
 from liveweight.methods.base import Case, CaseKind, Method
 from liveweight.methods.trials import chosen_contexts, outcome
 from liveweight.settings import MethodSettings
@@ -23,7 +23,14 @@ from tests.tracing.tiny_engines import tiny_engine
 
 FOUR = ("llama", "gpt2", "phi3", "qwen3")
 LAST = MethodSettings(layer=2, max_steps=60)
-TEACHING: dict[str, Method] = {"rome": rome.propose, "finetune": finetune.propose, "one-shot": one_shot.propose}
+TEACHING: dict[str, Method] = {
+    "rome": rome.propose,
+    "memit": memit.propose,
+    "alphaedit": alphaedit.propose,
+    "finetune": finetune.propose,
+    "constrained": constrained.propose,
+    "one-shot": one_shot.propose,
+}
 REMOVING: dict[str, Method] = {"select": select.propose, "scale": scale.propose, "gain": gain.propose}
 ALL = TEACHING | REMOVING
 ON_ALL_LAYERS = MethodSettings()
@@ -160,6 +167,54 @@ def test_rome_edits_at_the_subjects_last_token_where_the_subject_is_known(tmp_pa
     assert list(last) == [len(context.prompt) - 1 for context in case.contexts]
 
 
+def test_memit_is_the_closed_form_written_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    facts, kept, text = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (3, 5, 200))
+    statistics = text.T @ text / 200
+    found = memit.solve(facts, kept, statistics)
+    usual = statistics + memit._FLOOR * statistics.diagonal().median() * torch.eye(12, dtype=torch.float64)
+    weights = torch.stack([key @ torch.linalg.inv(usual) @ key for key in facts])
+    system = memit.RIDGE * weights.median() * usual + kept.T @ kept + facts.T @ facts
+    torch.testing.assert_close(found, facts @ torch.linalg.inv(system))
+
+
+def test_what_came_before_feels_less_of_memit_than_without_its_keys() -> None:
+    generator = torch.Generator().manual_seed(1)
+    facts, text = (torch.randn(n, 40, generator=generator, dtype=torch.float64) for n in (2, 400))
+    kept = facts[:1] + 0.7 * torch.randn(3, 40, generator=generator, dtype=torch.float64)
+    statistics = text.T @ text / 400
+    without, beside = memit.solve(facts, kept[:0], statistics), memit.solve(facts, 10 * kept, statistics)
+    assert float((beside @ kept.T).norm()) < 0.2 * float((without @ kept.T).norm())
+    assert float((beside @ facts.T).diagonal().min()) > 0.3  # and the facts are still written
+
+
+def test_alphaedit_moves_nothing_in_the_directions_of_plain_text() -> None:
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(300, 30, generator=generator, dtype=torch.float64)
+    text[:, 20:] *= 0.05  # directions that the text hardly shows
+    facts = torch.randn(2, 30, generator=generator, dtype=torch.float64)
+    found = alphaedit.solve(facts, facts[:0], text.T @ text / 300)
+    values, vectors = torch.linalg.eigh(text.T @ text / 300)
+    shown = vectors[:, values > alphaedit.SMALL * values.median()]
+    assert float((found @ shown).norm()) < 1e-9
+    written = (found @ facts.T).diagonal()
+    assert float(written.min()) > 0.8
+
+
+@pytest.mark.parametrize("solve", [memit.solve, alphaedit.solve])
+def test_two_facts_at_once_over_two_layers_are_both_written(solve: memit.Solve, tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    one = tiny_case(engine)
+    other = replace(one, contexts=tuple(replace(c, prompt=c.prompt[:-1]) for c in one.contexts[:1]))
+    found = memit.together("memit", engine, [one, other], MethodSettings(layer=1, max_steps=60), solve)
+    (op,) = found.ops
+    assert isinstance(op, LowRank)
+    assert op.left.shape[1] == 2
+    for case in (one, other):
+        before, after = outcome(engine, case), outcome(engine, case, found)
+        assert after.logprobs[0] > before.logprobs[0] + 1.0
+
+
 def test_one_shot_is_the_closed_form_written_out(tmp_path: Path) -> None:
     engine = tiny_engine("phi3", tmp_path)
     keys, gradients, _ = one_shot.evidence(engine, tiny_case(engine), 1, MethodSettings())
@@ -204,6 +259,84 @@ def test_a_delta_of_low_rank_is_kept_as_two_thin_matrices_and_any_other_whole() 
     kept = finetune.compressed("layers.0.mlp.down.weight", full)
     assert isinstance(kept, Dense)
     assert torch.equal(kept.delta, full)
+
+
+def test_what_is_held_feels_nothing_of_a_constrained_change(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine)
+    other = tuple(engine.encode([Message("user", "who are you?")]))
+    held = constrained._held(engine, replace(case, previous=((other, case.answer_tokens),)), 2)
+    assert held is not None
+    seen = engine.trace((*other, *case.answer_tokens), ["layers.2.mlp.neurons"]).values["layers.2.mlp.neurons"]
+    torch.testing.assert_close(held @ held.T, (span := constrained.span(seen[len(other) - 1 :].float())) @ span.T)
+    delta, _, _ = finetune._descended(engine, case, 2, LAST, held)
+    assert float(delta.norm()) > 0
+    assert float((delta @ held).norm()) < 1e-4 * float(delta.norm())
+
+
+def test_the_held_span_has_most_of_each_key_and_leaves_room() -> None:
+    generator = torch.Generator().manual_seed(4)
+    keys = torch.randn(6, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
+    basis = constrained.span(keys)
+    assert basis.shape[1] <= 3
+    torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5, rtol=0)
+    left = keys - keys @ basis @ basis.T
+    assert float(left.square().sum() / keys.square().sum()) < 0.1
+    assert constrained.span(torch.randn(90, 40, generator=generator)).shape[1] == 20
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gpt_neox", "olmoe"])
+def test_lora_gives_the_wished_answer_and_leaves_no_adapter(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    case = tiny_case(engine)
+    before, modules = engine.fingerprints(), [type(module) for module in engine.model.modules()]
+    torch.manual_seed(5)
+    number = torch.rand(1)
+    torch.manual_seed(5)
+    found = lora.propose(engine, case, MethodSettings(max_steps=200, target_probability=0.8))
+    assert torch.equal(torch.rand(1), number)
+    assert outcome(engine, case, found).said[0]
+    assert {type(op) for op in found.ops} == {LowRank}
+    assert engine.fingerprints() == before
+    assert [type(module) for module in engine.model.modules()] == modules
+    assert not any(parameter.requires_grad for parameter in engine.model.parameters())
+    assert found.hash == lora.propose(engine, case, MethodSettings(max_steps=200, target_probability=0.8)).hash
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gpt_neox"])
+def test_loras_ops_are_what_the_adapters_add(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    prompt = engine.encode([Message("user", "what is tea?")])
+    views = lora._views(engine, MethodSettings(layer=1))
+    with engine.gate.step(), lora.adapted(engine, views) as adapters, torch.no_grad():
+        for number, adapter in enumerate(adapters.values()):
+            generator = torch.Generator().manual_seed(number)
+            adapter.lora_B[lora.ADAPTER].weight.normal_(generator=generator)
+        adapted = engine.model(torch.tensor([prompt])).logits
+        ops = tuple(lora._ops(engine, views, adapters))
+    engine.become((Active(Adjustment(name="lora", method="lora", ops=ops)),))
+    with torch.no_grad():
+        torch.testing.assert_close(engine.model(torch.tensor([prompt])).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [*FOUR, "olmoe"])
+def test_grace_answers_near_its_keys_and_is_bit_for_bit_nothing_elsewhere(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    case = tiny_case(engine)
+    other = tuple(engine.encode([Message("user", "nobody asked!")]))
+    found = grace.propose(engine, replace(case, previous=((other, case.answer_tokens),)), MethodSettings(max_steps=60))
+    assert outcome(engine, case, found).said[0]
+    ids = torch.tensor([[*other, *case.answer_tokens]])
+    with torch.no_grad():
+        plain = engine.model(ids).logits
+        with engine.preview((Active(found),)):
+            assert torch.equal(engine.model(ids).logits, plain)
+
+
+def test_graces_radius_is_half_the_way_to_what_is_left_alone() -> None:
+    keys, alone = torch.tensor([[0.0, 0.0], [5.0, 0.0]]), torch.tensor([[3.0, 4.0], [5.0, 1.0]])
+    torch.testing.assert_close(grace._radii(keys, alone), torch.tensor([2.5, 0.5]))
+    torch.testing.assert_close(grace._radii(keys[1:], alone[:0]), torch.tensor([0.5]))
 
 
 def test_select_takes_no_more_neurons_than_it_needs_and_says_that_it_only_removes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from liveweight.adjustments.adjustment import State, effective
 from liveweight.adjustments.contributions import toward
 from liveweight.adjustments.experts import ExpertNeurons
-from liveweight.adjustments.ops import Ablate, ActivationOp, BiasRouter, Clamp, Gain, MixHeads, Steer
+from liveweight.adjustments.ops import Ablate, ActivationOp, BiasRouter, Clamp, Codebook, Gain, MixHeads, Steer
 from liveweight.errors import InvalidInput, Unsupported
 from liveweight.sites import ActivationPoint, ModelSites
 
@@ -163,6 +163,8 @@ class ActivationState:
                 self.sites.check_layer(op.layer)
                 point = self._point(f"layers.{op.layer}.mlp.router", op.bias)
                 return [_on(point, lambda logits: _plus(logits, strength * op.bias))]
+            case Codebook():
+                return [_on(self._point(op.site, op.keys[0]), _looked_up(op, strength))]
             case Gain():
                 raise AssertionError("gains are joined a layer before")
             case _:
@@ -253,6 +255,22 @@ def _mix(op: MixHeads, strength: float) -> Callable[[Tensor], Tensor]:
         split = values.float().reshape(*values.shape[:-1], heads, -1)  # (…, heads, head_dim)
         mixed: Tensor = matrix.to(values.device) @ split
         return mixed.reshape(values.shape).to(values.dtype)
+
+    return change
+
+
+def _looked_up(op: Codebook, strength: float) -> Callable[[Tensor], Tensor]:
+    def change(values: Tensor) -> Tensor:
+        keys, radii, entries = (part.to(values.device) for part in (op.keys, op.radii, op.entries))
+        wide = values.float()
+        # Not by the inner product: near a key, where it matters, that loses most of its digits.
+        distances = torch.cdist(
+            wide.flatten(0, -2), keys, compute_mode="donot_use_mm_for_euclid_dist"
+        )  # (positions, n)
+        nearest = distances.masked_fill(distances > radii, float("inf")).min(-1)
+        chosen = entries[nearest.indices].view_as(wide)
+        inside = nearest.values.isfinite().view(*values.shape[:-1], 1)
+        return torch.where(inside, (wide + strength * (chosen - wide)).to(values.dtype), values)
 
     return change
 

@@ -16,6 +16,7 @@ from liveweight.adjustments.ops import (
     Ablate,
     BiasRouter,
     Clamp,
+    Codebook,
     Dense,
     Gain,
     LowRank,
@@ -48,7 +49,7 @@ def fold(op: Op, sites: ModelSites) -> tuple[WeightOp, ...] | None:
             return _constant(op, sites)
         case Ablate():
             return _orthogonal_writers(op, sites)
-        case Clamp() | BiasRouter():
+        case Clamp() | BiasRouter() | Codebook():
             return None
         case _:
             assert_never(op)

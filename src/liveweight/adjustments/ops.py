@@ -290,8 +290,32 @@ class BiasRouter(OpBase):
         return self
 
 
+class Codebook(OpBase):
+    """Where the values at a site lie within a radius of a key, put that key's entry in their place; the nearest wins.
+
+    `keys`, `entries`: (n, size); `radii`: (n,), above 0, Euclidean. At a strength s what is x becomes x + s(entry - x).
+    """
+
+    kind: Literal["codebook"] = "codebook"
+    site: str
+    keys: Numbers
+    radii: Numbers
+    entries: Numbers
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keys.dim() != 2 or not self.keys.numel() or self.entries.shape != self.keys.shape:
+            shapes = f"{tuple(self.keys.shape)} and {tuple(self.entries.shape)}"
+            raise ValueError(f"keys and entries must be of one shape (n, size), not {shapes}")
+        if self.radii.shape != self.keys.shape[:1]:
+            raise ValueError(f"radii must be (n,) with n = {len(self.keys)} keys, not {tuple(self.radii.shape)}")
+        if not bool((self.radii > 0).all()):
+            raise ValueError("radii must be above 0")
+        return self
+
+
 WeightOp = ScaleNeurons | ScalePaths | ScaleHeads | LowRank | Entries | Dense | ReplaceNeurons
-ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter
+ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter | Codebook
 Op = WeightOp | ActivationOp
 
 _READER: TypeAdapter[Op] = TypeAdapter(Annotated[Op, Field(discriminator="kind")])

@@ -30,6 +30,8 @@ class ChatFormat:
             if self.has_template and number is not None and end in str(tokenizer.chat_template):
                 found.add(number)
         self.end_tokens: frozenset[int] = frozenset(number for number in found if number is not None)
+        end = tokenizer.eos_token_id
+        self.end_of_reply: int | None = end if self.has_template else None  # plain text has no turn to end
         pad = tokenizer.pad_token_id
         self.pad_token: int = pad if pad is not None else next(iter(self.end_tokens), 0)
 

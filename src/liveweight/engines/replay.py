@@ -12,7 +12,7 @@ changes is the caller's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,13 +115,15 @@ def record(
     layers: Sequence[int] = (),
     neurons: Sequence[int] = (),
     mlp_inputs: Sequence[int] = (),
+    final: bool = True,
     tree: PrefixTree | None = None,
     pad: int = 0,
 ) -> Replay:
     """Run a batch once and keep what a replay needs; what stands before the suffixes comes from `tree`, if given.
 
     `rows` are whole token sequences, `starts` where each one's suffix begins (at least 1); the inputs of the blocks in
-    `layers`, the neurons of the layers in `neurons` and what the MLPs in `mlp_inputs` read are kept.
+    `layers`, the neurons of the layers in `neurons` and what the MLPs in `mlp_inputs` read are kept. Where `final` is
+    not asked for, the blocks behind all of these only hand on what they get, and `final` means nothing.
     """
     sequences = [list(row) for row in rows]
     device = next(model.parameters()).device
@@ -157,18 +159,26 @@ def record(
         hooks.append(
             reader.register_forward_pre_hook(lambda _, args, layer=layer: replay.mlp_inputs.__setitem__(layer, args[0]))
         )
-    try:
+    deepest = len(sites.blocks) if final else max((*layers, *neurons, *mlp_inputs), default=0) + 1
+    with ExitStack() as undo:
+        for hook in hooks:
+            undo.callback(hook.remove)
+        for block in sites.blocks[deepest:]:
+            undo.callback(_hand_on(block))
         output = model.base_model(
             input_ids=ids,
             past_key_values=FixedCache(model, past),
             attention_mask=real,
             position_ids=positions,
         )
-    finally:
-        for hook in hooks:
-            hook.remove()
     replay.final = output.last_hidden_state
     return replay
+
+
+def _hand_on(block: nn.Module) -> Callable[[], None]:
+    """Let a block hand on what it gets, where its arguments are wanted and not its work; returns what ends that."""
+    block.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    return lambda: delattr(block, "forward")
 
 
 def _past(
@@ -227,9 +237,7 @@ def run_whole(
         for index, block in enumerate(sites.blocks):
             undo.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
             if inputs is not None:
-                # The blocks' arguments are wanted here, not their work: each hands on what it got.
-                block.forward = lambda hidden_states, *args, **kwargs: hidden_states
-                undo.callback(delattr, block, "forward")
+                undo.callback(_hand_on(block))
         output = model.base_model(
             input_ids=torch.tensor([branches.tokens], device=device),
             attention_mask=branches.mask(0, len(branches), ()),

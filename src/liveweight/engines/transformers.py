@@ -380,6 +380,7 @@ class TransformersEngine:
         layers: Sequence[int] = (),
         neurons: Sequence[int] = (),
         mlp_inputs: Sequence[int] = (),
+        final: bool = True,
     ) -> Replay:
         """Run a batch once under the present weights, keeping what trials need; see `replay.record`."""
         with self.gate.step(), self.activations.prompt([start + 1 for start in starts]), torch.no_grad():
@@ -391,6 +392,7 @@ class TransformersEngine:
                 layers=layers,
                 neurons=neurons,
                 mlp_inputs=mlp_inputs,
+                final=final,
                 tree=self._tree(),
                 pad=self.format.pad_token,
             )
@@ -421,7 +423,7 @@ class TransformersEngine:
     def rivals(self, final: Tensor, tokens: Tensor, count: int) -> Tensor:
         """The likeliest others (N, count) than each token (N,) behind `final` (N, width)."""
         with torch.no_grad():
-            return self.unembed(final).scatter(1, tokens[:, None], float("-inf")).topk(count).indices
+            return self.unembed(final).scatter_(1, tokens[:, None], float("-inf")).topk(count).indices
 
     def trace(
         self,

@@ -17,6 +17,8 @@ from liveweight.evaluation.answers import (
     says,
 )
 from liveweight.evaluation.damage import Kept, KLMeter, NeighbourMeter, Neighbours, PerplexityMeter
+from liveweight.evaluation.edit_metrics import EditMeter, EditScores, Likelihood, efficacy, harmonic, neighbourhood
+from liveweight.evaluation.edits import Edit, edits
 from liveweight.evaluation.generation import answer_batch, generate_batch
 from liveweight.evaluation.questions import ASKED, HELD_OUT, UNSEEN, CountryQuestion, Relation, country_questions
 from liveweight.evaluation.sources import instructions, plain_text
@@ -26,8 +28,12 @@ __all__ = [
     "HELD_OUT",
     "UNSEEN",
     "CountryQuestion",
+    "Edit",
+    "EditMeter",
+    "EditScores",
     "KLMeter",
     "Kept",
+    "Likelihood",
     "NeighbourMeter",
     "Neighbours",
     "PerplexityMeter",
@@ -36,12 +42,16 @@ __all__ = [
     "babbles",
     "claimed_answer",
     "country_questions",
+    "edits",
+    "efficacy",
     "first_sentence",
     "fluency",
     "generate_batch",
     "gives_another",
+    "harmonic",
     "instructions",
     "is_right",
+    "neighbourhood",
     "ngram_entropy",
     "normalised",
     "plain_text",

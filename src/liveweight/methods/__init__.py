@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from liveweight.engines.base import ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import UnknownMethod
-from liveweight.methods import finetune, gain, one_shot, patch, rome, scale, select
+from liveweight.methods import (
+    alphaedit,
+    constrained,
+    finetune,
+    gain,
+    grace,
+    lora,
+    memit,
+    one_shot,
+    patch,
+    rome,
+    scale,
+    select,
+)
 from liveweight.methods.base import Case, CaseKind, Context, Described, Method
 from liveweight.methods.case import build_case
 from liveweight.methods.trials import keyed
@@ -25,8 +38,13 @@ _ALL = (
     Described("scale", scale.propose, "Every neuron that was active scaled down (bad) or up (good).", ("bad", "good")),
     Described("gain", gain.propose, "Gains inside the activation function moved, step by step.", ("bad", "fix")),
     Described("rome", rome.propose, "A rank-one change of one layer, keyed on the subject.", ("fix", "bad", "good")),
+    Described("memit", memit.propose, "rome over several layers, beside earlier changes.", ("fix", "bad", "good")),
+    Described("alphaedit", alphaedit.propose, "memit in what plain text never shows.", ("fix", "bad", "good")),
     Described("one-shot", one_shot.propose, "One backward pass, closed form, no search.", ("fix", "bad", "good")),
     Described("finetune", finetune.propose, "One layer trained on the answer alone.", ("fix", "bad", "good")),
+    Described("constrained", constrained.propose, "finetune, with what is to stay held still.", ("fix", "bad", "good")),
+    Described("grace", grace.propose, "A codebook at one layer; no weight moves.", ("fix", "bad", "good")),
+    Described("lora", lora.propose, "PEFT's adapters on a few layers, trained on the answer.", ("fix", "bad", "good")),
 )
 
 METHODS: dict[str, Described] = {described.name: described for described in _ALL}

@@ -6,25 +6,26 @@ the model never says is never reached. Reads the model; knows no method.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from liveweight.engines.base import Message, Score, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput, NoMendFound
+from liveweight.errors import InvalidInput
+from liveweight.methods.another import next_best
 from liveweight.methods.base import Case, CaseKind, Context
 from liveweight.methods.wording import (
     content_words,
     earlier_turns,
     first_sentence,
+    is_about,
     names,
     opening_of,
     other_questions,
     questions_about,
-    repetition,
     rephrase,
     statements,
     subject_of,
@@ -38,14 +39,6 @@ SAID = 4  # one like question in so many also comes with the whole judged senten
 OPENING = 11  # tokens of its own opening after which the model may be led to the wished answer
 LEEWAY = 2.0  # nats by which the answer may be less likely there than in the common sentence
 ASKED_OTHERS = 2  # like questions whose answers' openings are looked at
-ALTERNATIVES = 8  # of the judged word, that another answer may begin with
-ABOUT = 0.75  # of a question's words, that a text about it has
-CIRCLING = 0.2  # of its runs of three words said before, and a text goes in circles
-UNLIKELY = -7.0  # nats; what is less likely than this the model would not say by itself
-_NAMED_WITHIN = 3  # words behind the first new one, in which a name or a number is what the answer says
-_SENTENCE = 40  # tokens that a first sentence may have
-_REPLY = 48  # tokens of another answer that are looked at
-_AT_ONCE = 4  # other answers that are looked at together
 
 
 def build_case(
@@ -69,16 +62,17 @@ def build_case(
         raise InvalidInput(
             "There is no question to mend an answer to.", hint="The chat must end with a user's message."
         )
+    wanted = (wanted or "").strip()
+    if kind == "fix" and not wanted:
+        raise InvalidInput("The wished answer is empty.", hint="Say what the right answer is.")
     question = turns[-1].content.strip()
     subject = subject_of(question)
     like = _like(engine, subject) if subject else []
     if kind == "fix":
-        if wanted is None or not wanted.strip():
-            raise InvalidInput("The wished answer is empty.", hint="Say what the right answer is.")
-        sentence = _best_statement(engine, turns, question, wanted.strip(), answer)
-        piece = wanted.strip().rstrip(".")
+        sentence = _best_statement(engine, turns, question, wanted, answer)
+        piece = wanted.rstrip(".")
     elif kind == "bad":
-        sentence, new = _next_best(engine, turns, question, list(answer_tokens))
+        sentence, new = next_best(engine, turns, question, list(answer_tokens))
         piece = new.rstrip(".")
     else:
         sentence = first_sentence(answer)
@@ -90,6 +84,8 @@ def build_case(
     contexts = _contexts(engine, turns, question, sentence, piece, rewordings=0 if kind == "good" else CONTEXTS - 1)
     if kind != "good":
         contexts = _as_opened(engine, contexts, answer, piece, like)
+    if kind == "bad":
+        contexts = tuple(_ended(engine, context) for context in contexts)
     return Case(
         kind=kind,
         messages=turns,
@@ -109,6 +105,13 @@ def _context(engine: TransformersEngine, messages: Sequence[Message], sentence: 
     target = engine.format.encode_continuation(prompt, sentence)
     key = _key(engine, target, sentence, piece) if piece else (0, len(target))
     return Context(tuple(messages), tuple(prompt), tuple(target), key)
+
+
+def _ended(engine: TransformersEngine, context: Context) -> Context:
+    """The context with the reply's end behind its sentence: more said of what the model made up is more made up."""
+    end = engine.format.end_of_reply
+    whole = engine.format.decode(context.target).endswith((".", "!", "?"))
+    return replace(context, target=(*context.target, end)) if whole and end is not None else context
 
 
 def _contexts(
@@ -223,7 +226,7 @@ def _best_statement(
     words = content_words(question)
     # The model's own opening is a candidate too, as far as it is about what was asked.
     for opening in _openings(first_sentence(answer)):
-        if _is_about(opening, words):
+        if is_about(opening, words):
             candidates.append(f"{opening} {wanted.rstrip('.')}.")
     candidates = list(dict.fromkeys(candidates))[:12]
     if len(candidates) == 1:
@@ -234,104 +237,6 @@ def _best_statement(
     )
     best = max(range(len(candidates)), key=lambda index: scores[index].total)
     return candidates[best]
-
-
-def _is_about(text: str, asked: set[str]) -> bool:
-    """Whether a text speaks of what was asked: it has most of the question's words that carry meaning."""
-    return bool(asked) and len(asked & content_words(text)) >= ABOUT * len(asked)
-
-
-def _next_best(
-    engine: TransformersEngine, turns: Sequence[Message], question: str, answer: list[int]
-) -> tuple[str, str]:
-    """The model's own best answer that claims something else, as a sentence; and what stands behind its opening.
-
-    An answer that goes on in circles is only taken where no other one is found.
-    """
-    prompt = engine.encode(turns)
-    judged = first_sentence(engine.format.decode(answer))
-    asked, circling = content_words(question), None
-    for head in _heads(engine, prompt, question, answer, judged):
-        opening = engine.format.decode(head)
-        final = engine.record([[*prompt, *head]], [len(prompt) + len(head) - 1]).final[0, 0]
-        with engine.gate.step(), torch.no_grad():
-            logprobs = engine.unembed(final).float().cpu().log_softmax(-1)
-        likely = [each for each in logprobs.topk(ALTERNATIVES).indices.tolist() if float(logprobs[each]) >= UNLIKELY]
-        offered = [each for each in likely if each not in engine.format.end_tokens]
-        for start in range(0, len(offered), _AT_ONCE):
-            tried = offered[start : start + _AT_ONCE]
-            for token, rest in zip(tried, engine.greedy([[*prompt, *head, t] for t in tried], _REPLY), strict=True):
-                text = engine.format.decode([*head, token, *rest]).strip()
-                sentence = first_sentence(text)
-                found = sentence, sentence[len(opening.strip()) :].strip()
-                if not _claims_another(found[1], judged, asked):
-                    continue
-                if repetition(text) <= CIRCLING:
-                    return found
-                circling = circling or found
-    if circling is None:
-        raise NoMendFound(
-            "The model has no other answer to this question that it would give by itself.",
-            hint="Say what the answer should be with fix.",
-        )
-    return circling
-
-
-def _heads(
-    engine: TransformersEngine, prompt: Sequence[int], question: str, answer: list[int], judged: str
-) -> list[list[int]]:
-    """Beginnings that another answer may go on from: the judged answer's own, and how such a question is answered.
-
-    The latter come first where the judged answer is about something else than what was asked.
-    """
-    asked = content_words(question)
-    own = [answer[:position] for position in _claim_starts(engine, answer, asked)]
-    opening = opening_of(question)
-    if not opening or judged.startswith(opening):
-        return own
-    common = [engine.format.encode_continuation(prompt, opening)]
-    return [*own, *common] if _is_about(judged, asked) else [*common, *own]
-
-
-def _claims_another(text: str, judged: str, asked: set[str]) -> bool:
-    """Whether the rest of an answer claims something that the judged one does not, and no longer what that one did."""
-    old, new = _claims(judged, asked), _claims(text, asked)
-    if not new:
-        return False
-    said = {word.lower() for word in old}
-    return _main(new).lower() not in said and not (old and _main(old).lower() in {word.lower() for word in new})
-
-
-def _claims(text: str, asked: set[str]) -> list[str]:
-    """The words of an answer that carry meaning and that the question did not bring, in order."""
-    return [word for word in re.findall(r"\w+", text) if content_words(word) - asked]
-
-
-def _main(claims: Sequence[str]) -> str:
-    """The word that an answer is about: a name or a number near its beginning, else the first one."""
-    return next((word for word in claims[: _NAMED_WITHIN + 1] if _is_name(word)), claims[0])
-
-
-def _is_name(word: str) -> bool:
-    return word[:1].isupper() or word[:1].isdigit()
-
-
-def _claim_starts(engine: TransformersEngine, answer: list[int], asked: set[str]) -> list[int]:
-    """Positions in the answer where a word begins that the question did not bring, the likeliest first."""
-    found: list[tuple[bool, int]] = []
-    words, first = 0, None
-    for index, token in enumerate(answer[:_SENTENCE]):
-        piece = engine.format.decode([token])
-        if index and not piece.startswith((" ", "\n")):
-            continue
-        words += 1
-        rest = engine.format.decode(answer[index:]).strip().split(" ")[0]
-        if content_words(rest) - asked:
-            first = words if first is None and index else first
-            found.append((not (_is_name(rest) and words - (first or words) <= _NAMED_WITHIN), index))
-    # What stands in the middle of the sentence is what it says, a name or a number above all; its first word may be
-    # how the model always begins.
-    return ([index for _, index in sorted(found) if index] + [0])[:4] if answer else []
 
 
 def _key(engine: TransformersEngine, target: Sequence[int], sentence: str, piece: str) -> tuple[int, int]:

@@ -42,20 +42,32 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 
     Raises NoMendFound when the answer does not become likely enough, Unsupported for layers of experts.
     """
-    layer = layer_at(engine, settings, DEPTH)
+    return trained("finetune", engine, case, settings, layer_at(engine, settings, DEPTH))
+
+
+def trained(
+    method: str,
+    engine: TransformersEngine,
+    case: Case,
+    settings: MethodSettings,
+    layer: int,
+    held: Tensor | None = None,
+) -> Adjustment:
+    """As `propose`, on one layer, with no effect on keys in the span of `held` (neurons, r), which is orthonormal."""
     before = outcome(engine, case)
-    delta, steps, reached = _trained(engine, case, layer, settings)
+    delta, steps, reached = _descended(engine, case, layer, settings, held)
     site = f"layers.{layer}.mlp.down.weight"
     op = compressed(site, delta)
     kind = f"rank {op.left.shape[1]}" if isinstance(op, LowRank) else "dense"
+    beside = "" if held is None else f" beside {held.shape[1]} held directions"
     found = Adjustment(
-        name=named("finetune", case),
-        method="finetune",
+        name=named(method, case),
+        method=method,
         ops=(op,),
-        note=f"{site}, {kind}, {steps} steps on the answer's tokens alone.",
+        note=f"{site}, {kind}, {steps} steps on the answer's tokens alone{beside}.",
     )
     if not works(case, outcome(engine, case, found), before):
-        raise no_mend("finetune", case, [f"layer {layer}, {steps} steps, probability {reached:.2f}"])
+        raise no_mend(method, case, [f"layer {layer}, {steps} steps, probability {reached:.2f}"])
     return found
 
 
@@ -71,7 +83,9 @@ def compressed(site: str, delta: Tensor) -> LowRank | Dense:
     return Dense(site=site, delta=delta)
 
 
-def _trained(engine: TransformersEngine, case: Case, layer: int, settings: MethodSettings) -> tuple[Tensor, int, float]:
+def _descended(
+    engine: TransformersEngine, case: Case, layer: int, settings: MethodSettings, held: Tensor | None
+) -> tuple[Tensor, int, float]:
     """The delta (width, neurons), the steps taken and the mean probability of the targets that it reaches."""
     contexts = chosen_contexts(case, settings)
     targets = [keyed(context) for context in contexts]
@@ -89,8 +103,12 @@ def _trained(engine: TransformersEngine, case: Case, layer: int, settings: Metho
     def keep(values: Tensor) -> None:
         read[:] = [values]
 
+    def free(keys: Tensor) -> Tensor:
+        """Keys (…, neurons) without super neurons and without what is held."""
+        return keys * kept if held is None else keys * kept - (keys @ held) @ held.T
+
     def add(values: Tensor) -> Tensor:
-        return values + functional.linear(read[0] * kept.to(values.dtype), delta.to(values.dtype))
+        return values + functional.linear(free(read[0].float()), delta).to(values.dtype)
 
     losses: list[float] = []
     best, best_probability = delta.detach().clone(), 0.0
@@ -107,7 +125,7 @@ def _trained(engine: TransformersEngine, case: Case, layer: int, settings: Metho
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return best, step, best_probability
+    return free(best), step, best_probability
 
 
 def _starts(rows: list[tuple[int, ...]], prompts: list[int]) -> list[int]:

@@ -20,7 +20,7 @@ AGREE = 0.8  # the share of like questions whose answers are to begin with a tok
 ABOUT = 2.0  # weight of other questions about the same thing, for neurons of a first token
 DUE = 20.0  # weight of the places where the neuron is to be open
 BEGINNING = 3.0  # weight of where everyday replies begin, for neurons of an opening
-CLOSER = 0.2  # by how much gates open less, and shut more, in a model with many patches
+OPENS_LESS, SHUTS_MORE = 0.1, 0.3  # what gates read, in a model with many patches
 PREVIOUS = 16  # protected answers, those to the most alike prompts, that the gates are fitted against
 OPENING = 1000  # places from here on are in an opening
 
@@ -147,7 +147,7 @@ def fit(
         if first:
             gate = FIRST if near.agree(int(batch.target[own][0])) and not (careful or crowded) else STRICT
         if crowded:
-            gate = replace(gate, opens=gate.opens - CLOSER, shuts=gate.shuts + CLOSER)
+            gate = replace(gate, opens=gate.opens - OPENS_LESS, shuts=gate.shuts + SHUTS_MORE)
         left = behind.and_(NEAR, near.begins, rest)
         if first or place >= OPENING:
             left = left.plus(BEGINNING, begins.moment, begins.mean)

@@ -42,7 +42,7 @@ CLOSE = 0.3  # of MARGIN: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while the neurons are optimised
 LONGEST_STEP = 1.0  # of the residual stream's usual norm
 MOST_NEURONS = 64
-CROWD = 8  # patches in the model from which on new ones are fitted more strictly: what each moves adds up
+CROWD = 2  # patches in the model from which on new ones are fitted more strictly: what each moves adds up
 USUAL = 16  # neurons that a mend seldom needs more of: what must be left of a layer's spare ones
 
 
@@ -157,9 +157,10 @@ def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:
             x[row, own], real[row, own] = read.float(), True
             target[row, own] = torch.tensor(context.target)
             lead[row, own], other = engine.leads(final, target[row, own])
-            # The last token, the full stop, only counts where the word before it would go on.
+            # A full stop at the end only counts where the word before it would go on.
             end = len(context.target) - 1
-            if end > 0 and lead[row, end] < 0 and not engine.format.decode([int(other[end])])[:1].isalnum():
+            stops = end > 0 and context.target[end] not in engine.format.end_tokens
+            if stops and lead[row, end] < 0 and not engine.format.decode([int(other[end])])[:1].isalnum():
                 real[row, end] = False
     place = _places(case, length).to(device)
     return Batch(x, target, real, lead, place, _also(engine, case, layer, place[0].tolist()))
@@ -222,6 +223,7 @@ def _optimise(
         [context.tokens[:-1] for context in contexts],
         [len(context.prompt) - 1 + begin for context, begin in zip(contexts, first, strict=True)],
         layers=[layer],
+        final=False,
     )
     places = [
         (row, replay.column(row, len(context.prompt) - 1 + step), step)

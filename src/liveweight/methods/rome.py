@@ -8,6 +8,7 @@ whether the change is worth its damage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,6 +49,39 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     layer = layer_at(engine, settings, DEPTH)
     statistics = covariance(engine, layer, settings)
     before = outcome(engine, case)
+    wished = wished_value(engine, case, layer, settings)
+    key, value, delta = wished.key, wished.value, wished.delta
+    reader = whitened(statistics, key) * without_super_neurons(engine, layer)
+    site = f"layers.{layer}.mlp.down.weight"
+    right = (reader / (reader @ key))[None]  # (1, neurons)
+    found = Adjustment(
+        name=named("rome", case),
+        method="rome",
+        ops=(LowRank(site=site, left=delta[:, None], right=right),),
+        note=f"Rank one at {site}, |δ| {float(delta.norm() / value.norm()):.2f} |Wk|, {wished.steps} steps.",
+    )
+    if not works(case, outcome(engine, case, found), before):
+        share = float(delta.norm() / value.norm())
+        tried = f"layer {layer}, {wished.steps} steps, |δ| up to {share:.1f} |Wk|, probability {wished.probability:.2f}"
+        raise no_mend("rome", case, [tried])
+    return found
+
+
+@dataclass(frozen=True)
+class Wished:
+    """What a layer's MLP is to write at one fact's key. All in float64."""
+
+    contexts: tuple[Context, ...]  # those that the fact is edited in
+    places: tuple[int, ...]  # the edit token's absolute position in each
+    key: Tensor  # (neurons,) the mean of the activations at the edit token
+    value: Tensor  # (width,) what the MLP writes there now, W k
+    delta: Tensor  # (width,) what is to be written besides
+    steps: int
+    probability: float  # of the targets, with that
+
+
+def wished_value(engine: TransformersEngine, case: Case, layer: int, settings: MethodSettings) -> Wished:
+    """The value change δ that gives the case's targets when it is added at the edit token of one dense layer."""
     contexts, places = edit_tokens(engine, case, chosen_contexts(case, settings))
     essence = _essence(engine, case)
     rows = [context.prompt + keyed(context) for context in contexts]
@@ -56,26 +90,11 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
         rows.append(essence[0])
         starts.append(essence[1])
     replay = engine.record(rows, starts, layers=[layer], neurons=[layer])
-    key = replay.neurons[layer][: len(contexts), 0].double().mean(0)  # (neurons,)
-    value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key  # (width,)
-    targets = [keyed(context) for context in contexts]
-    predictions = Predictions.of(replay, contexts, targets)
+    key = replay.neurons[layer][: len(contexts), 0].double().mean(0)
+    value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key
+    predictions = Predictions.of(replay, contexts, [keyed(context) for context in contexts])
     delta, steps, reached = _optimised(engine, replay, layer, predictions, len(contexts), value, settings)
-    reader = whitened(statistics, key) * without_super_neurons(engine, layer)
-    site = f"layers.{layer}.mlp.down.weight"
-    right = (reader / (reader @ key))[None]  # (1, neurons)
-    found = Adjustment(
-        name=named("rome", case),
-        method="rome",
-        ops=(LowRank(site=site, left=delta[:, None], right=right),),
-        note=f"Rank one at {site}, |δ| {float(delta.norm() / value.norm()):.2f} |Wk|, {steps} steps.",
-    )
-    if not works(case, outcome(engine, case, found), before):
-        share = float(delta.norm() / value.norm())
-        raise no_mend(
-            "rome", case, [f"layer {layer}, {steps} steps, |δ| up to {share:.1f} |Wk|, probability {reached:.2f}"]
-        )
-    return found
+    return Wished(contexts, places, key, value, delta, steps, reached)
 
 
 def edit_tokens(

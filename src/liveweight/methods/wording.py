@@ -68,6 +68,7 @@ _STOPWORDS = frozenset(
 _ABBREVIATION = re.compile(r"(?:\b(?:St|Dr|Mr|Mrs|Ms|Mt|Ft|No|vs|etc|Jr|Sr)|\b[A-Z](?:\.[A-Z])*)\.$")
 
 
+_ABOUT = 0.75  # of a question's words, that a text about it has
 _MARK = "\ue000"  # stands for an answer; no text holds it
 
 
@@ -228,3 +229,8 @@ def repetition(text: str) -> float:
     words = re.findall(r"\w+", text.lower())
     runs = list(zip(words, words[1:], words[2:], strict=False))
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def is_about(text: str, asked: set[str]) -> bool:
+    """Whether a text speaks of what was asked: it has most of the question's words that carry meaning."""
+    return bool(asked) and len(asked & content_words(text)) >= _ABOUT * len(asked)

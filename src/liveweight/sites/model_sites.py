@@ -270,7 +270,7 @@ class ModelSites:
         Where `spare` is given, so many neurons count beyond the layer's own.
         """
         self.mlp_part(layer, "down", expert)
-        more = "" if spare is None else f" The last {spare} are spare ones; the setting spare_neurons says how many."
+        more = "" if not spare else f" The last {spare} are spare ones; the setting spare_neurons says how many."
         for neuron in (min(neurons), max(neurons)):
             self._check_range("neuron", neuron, self.neurons_of(layer) + (spare or 0), f"in layer {layer}", more)
 

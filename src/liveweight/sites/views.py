@@ -99,6 +99,12 @@ class WeightView:
             case "interleaved":
                 return data.view(heads, 3, head_dim, *data.shape[1:]).select(1, self.piece.part)
 
+    def rows_of(self, data: Tensor) -> Tensor:
+        """Of something laid out as the whole parameter's outputs, (out of all parts, …), this weight's own rows."""
+        part = self._part(data)
+        part = part.flatten(0, 1) if self.piece.split == "interleaved" else part
+        return part.narrow(*self.within) if self.within is not None and self.within[0] == 0 else part
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in) of a matrix, (out,) of a vector."""

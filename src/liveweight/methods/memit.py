@@ -1,0 +1,151 @@
+"""memit: several facts at once, spread over several layers, beside what earlier changes wrote.
+
+Owns the closed form Δ = R Kᵀ (λC + Kₚ Kₚᵀ + K Kᵀ)⁻¹ for a run of layers, after "Mass-Editing Memory in a Transformer"
+(Meng et al. 2023): K are the facts' keys, R what their values still lack, divided among the layers that are left, Kₚ
+the keys of earlier changes and protected answers, which then feel nothing. Each layer is solved with the ones before it
+already changed. Knows nothing of whether the change is worth its damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from liveweight.adjustments import Active, Adjustment, LowRank
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.methods.base import Answered, Case
+from liveweight.methods.covariance import covariances
+from liveweight.methods.rome import Wished, wished_value
+from liveweight.methods.trials import dense_layers, named, no_mend, outcome, without_super_neurons, works
+from liveweight.settings import MethodSettings
+
+DEPTHS = (1 / 10, 1 / 6)  # the first and the last layer, by relative depth: where facts about a subject are gathered
+RIDGE = 0.05  # of a key's own kᵀC⁻¹k: what λ takes off a fact that stands alone
+_FLOOR = 0.01  # of C's median diagonal, so that directions that plain text never showed stay finite
+
+# Keys (n, neurons) of the facts and (m, neurons) of what is to feel nothing, and C -> the right factor (n, neurons).
+Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
+    """A change of some `down` weights (width, neurons) that gives the targets.
+
+    Raises NoMendFound when the layers together do not do it, Unsupported for layers of experts.
+    """
+    return one_fact("memit", engine, case, settings, solve)
+
+
+def one_fact(method: str, engine: TransformersEngine, case: Case, settings: MethodSettings, solve: Solve) -> Adjustment:
+    """As `propose`, for any closed form. Raises NoMendFound, Unsupported."""
+    before = outcome(engine, case)
+    found = together(method, engine, [case], settings, solve)
+    if not works(case, outcome(engine, case, found), before):
+        layers = ", ".join(str(op.site.split(".")[1]) for op in found.ops if isinstance(op, LowRank))
+        raise no_mend(method, case, [f"layers {layers}"])
+    return found
+
+
+def together(
+    method: str, engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings, solve: Solve
+) -> Adjustment:
+    """One change for all the cases, of as high a rank a layer as there are cases. Whether each works is not looked at.
+
+    Raises Unsupported for layers of experts.
+    """
+    layers = edit_layers(engine, settings)
+    last = layers[-1]
+    statistics = covariances(engine, layers, settings)
+    wished = [wished_value(engine, case, last, settings) for case in cases]
+    start = _residual(engine, wished, last) if len(layers) > 1 else None
+    delta = torch.stack([each.delta for each in wished])  # (n, width)
+    previous = list(dict.fromkeys(answered for case in cases for answered in case.previous))
+    ops: list[LowRank] = []
+    for number, layer in enumerate(layers):
+        trial = Adjustment(name=method, method=method, ops=tuple(ops)) if ops else None
+        with engine.preview((*engine.state, *([Active(trial)] if trial else []))):
+            keep = without_super_neurons(engine, layer).double()
+            keys = _keys(engine, wished, layer) * keep
+            kept = _previous_keys(engine, previous, layer, keys) * keep
+            lacking = delta if start is None else delta - (_residual(engine, wished, last) - start)
+        right = solve(keys, kept, statistics[layer].to(keys.device, torch.float64)) * keep
+        left = lacking / (len(layers) - number)
+        ops.append(LowRank(site=f"layers.{layer}.mlp.down.weight", left=left.T.contiguous(), right=right))
+    steps = sum(each.steps for each in wished)
+    return Adjustment(
+        name=named(method, cases[0]) if len(cases) == 1 else f"{method}: {len(cases)} facts",
+        method=method,
+        ops=tuple(ops),
+        note=f"Rank {len(cases)} in layers {', '.join(map(str, layers))}, {steps} steps; {len(previous)} kept answers.",
+    )
+
+
+def solve(keys: Tensor, previous: Tensor, statistics: Tensor) -> Tensor:
+    """Kᵀ (λC + Kₚ Kₚᵀ + K Kᵀ)⁻¹, (n, neurons) float64, with λ as a share of what the keys weigh under C."""
+    diagonal = statistics.diagonal()
+    floor = diagonal[diagonal > 0].median() if bool((diagonal > 0).any()) else diagonal.new_ones(())
+    usual = statistics + _FLOOR * floor * torch.eye(len(statistics), device=keys.device, dtype=keys.dtype)
+    weights = (keys.T * torch.cholesky_solve(keys.T, torch.linalg.cholesky(usual))).sum(0)  # kᵀC⁻¹k
+    system = RIDGE * weights.median() * usual + previous.T @ previous
+    return right_factor(keys, system)
+
+
+def right_factor(keys: Tensor, system: Tensor) -> Tensor:
+    """Kᵀ (A + K Kᵀ)⁻¹ = (I + Kᵀ A⁻¹ K)⁻¹ Kᵀ A⁻¹ for keys in rows (n, neurons) and A (neurons, neurons)."""
+    solved = torch.cholesky_solve(keys.T, torch.linalg.cholesky(system)).T  # (n, neurons)
+    own = keys @ solved.T + torch.eye(len(keys), device=keys.device, dtype=keys.dtype)
+    factor: Tensor = torch.linalg.solve(own, solved)
+    return factor
+
+
+def edit_layers(engine: TransformersEngine, settings: MethodSettings) -> list[int]:
+    """The layer that the settings name, or the dense ones between two relative depths.
+
+    Never the model's last beside others, since what a fact still lacks is read behind the last one edited.
+    """
+    dense = dense_layers(engine, settings)
+    if settings.layer is not None:
+        return dense
+    first, last = (round(depth * engine.sites.layers) for depth in DEPTHS)
+    within = [layer for layer in dense if first <= layer <= min(last, engine.sites.layers - 2)]
+    return within or [min(dense, key=lambda layer: abs(layer - last))]
+
+
+def _keys(engine: TransformersEngine, wished: Sequence[Wished], layer: int) -> Tensor:
+    """(n, neurons) float64: each fact's mean activations at its edit token, under the weights of now."""
+    rows, places = _edit_rows(wished)
+    replay = engine.record(rows, places, neurons=[layer])
+    return _mean_by_fact(replay.neurons[layer][:, 0], wished)
+
+
+def _residual(engine: TransformersEngine, wished: Sequence[Wished], layer: int) -> Tensor:
+    """(n, width) float64: the mean residual stream behind `layer` at each fact's edit token."""
+    rows, places = _edit_rows(wished)
+    replay = engine.record(rows, places, layers=[layer + 1])
+    return _mean_by_fact(replay.inputs[layer + 1][:, 0], wished)
+
+
+def _edit_rows(wished: Sequence[Wished]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The prompts through the edit token, and where that is."""
+    rows = [c.prompt[: place + 1] for each in wished for c, place in zip(each.contexts, each.places, strict=True)]
+    return rows, [len(row) - 1 for row in rows]
+
+
+def _mean_by_fact(values: Tensor, wished: Sequence[Wished]) -> Tensor:
+    parts = torch.split(values, [len(each.contexts) for each in wished])
+    return torch.stack([part.double().mean(0) for part in parts])
+
+
+def _previous_keys(engine: TransformersEngine, previous: Sequence[Answered], layer: int, like: Tensor) -> Tensor:
+    """(m, neurons) float64: activations at every token of earlier prompts and answers, behind what all share."""
+    if not previous:
+        return like[:0]
+    rows = [(*prompt, *answer) for prompt, answer in previous]
+    shared = 1
+    while len(rows) > 1 and shared < min(map(len, rows)) - 1 and len({row[:shared] for row in rows}) == 1:
+        shared += 1
+    starts = [shared if len(rows) > 1 else max(1, len(prompt) - 1) for prompt, _ in previous]
+    replay = engine.record(rows, starts, neurons=[layer])
+    own = [replay.neurons[layer][row, :length] for row, length in enumerate(replay.lengths())]
+    return torch.cat(own).double()
