@@ -96,6 +96,10 @@ def against_lora(rows: Sequence[Row], loras: Sequence[Row]) -> list[Line]:
     said = f"{seconds:.2f} s; asked {percent(right)}; in other wordings {percent(held)}"
     contexts = "/".join(str(number) for number in sorted({row["contexts"] for row in loras}))
     lines = [Line(f"PEFT LoRA, {len(loras)} cases, {contexts} contexts each", "", said, None)]
+    if all("neighbours" in row for row in loras):
+        for name, what in (("unchanged", "unchanged"), ("still_right", "still right")):
+            counts = (sum(row[name] for row in loras), sum(row["neighbours"] for row in loras))
+            lines.append(share_of(f"answers to the neighbours {what} by LoRA", *counts, None))
     timed = [row["propose"] for row in ours if row["state"] == "active"]
     if timed:
         mine = median(timed)

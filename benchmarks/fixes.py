@@ -189,6 +189,8 @@ def lora(
             row = {"question": asked.question, "seconds": run.seconds, "steps": run.steps, "reached": run.reached}
             row["contexts"] = len(contexts)
             row |= answers_to(live, asked)
+            found = meters.neighbours.measure()
+            row |= {"neighbours": found.count, "unchanged": found.unchanged, "still_right": found.right}
         records.add("lora", row)
 
 
