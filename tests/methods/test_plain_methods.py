@@ -12,7 +12,20 @@ from liveweight.adjustments import Active, Adjustment, Dense, Gain, LowRank, Sca
 from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, UnknownSite, Unsupported
-from liveweight.methods import alphaedit, constrained, finetune, gain, grace, lora, memit, one_shot, rome, scale, select
+from liveweight.methods import (
+    alphaedit,
+    constrained,
+    covariance,
+    finetune,
+    gain,
+    grace,
+    lora,
+    memit,
+    one_shot,
+    rome,
+    scale,
+    select,
+)
 from liveweight.methods.base import Case, CaseKind, Method
 from liveweight.methods.trials import chosen_contexts, outcome
 from liveweight.settings import MethodSettings
@@ -172,7 +185,7 @@ def test_memit_is_the_closed_form_written_out() -> None:
     facts, kept, text = (torch.randn(n, 12, generator=generator, dtype=torch.float64) for n in (3, 5, 200))
     statistics = text.T @ text / 200
     found = memit.solve(facts, kept, statistics)
-    usual = statistics + memit._FLOOR * statistics.diagonal().median() * torch.eye(12, dtype=torch.float64)
+    usual = statistics + covariance._RIDGE * statistics.diagonal().median() * torch.eye(12, dtype=torch.float64)
     weights = torch.stack([key @ torch.linalg.inv(usual) @ key for key in facts])
     system = memit.RIDGE * weights.median() * usual + kept.T @ kept + facts.T @ facts
     torch.testing.assert_close(found, facts @ torch.linalg.inv(system))
@@ -202,7 +215,7 @@ def test_alphaedit_moves_nothing_in_the_directions_of_plain_text() -> None:
 
 
 @pytest.mark.parametrize("solve", [memit.solve, alphaedit.solve])
-def test_two_facts_at_once_over_two_layers_are_both_written(solve: memit.Solve, tmp_path: Path) -> None:
+def test_two_facts_at_once_are_both_written(solve: memit.Solve, tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     one = tiny_case(engine)
     other = replace(one, contexts=tuple(replace(c, prompt=c.prompt[:-1]) for c in one.contexts[:1]))
@@ -213,6 +226,24 @@ def test_two_facts_at_once_over_two_layers_are_both_written(solve: memit.Solve, 
     for case in (one, other):
         before, after = outcome(engine, case), outcome(engine, case, found)
         assert after.logprobs[0] > before.logprobs[0] + 1.0
+
+
+def test_memit_spreads_what_is_wished_over_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memit, "edit_layers", lambda *_: [0, 1])
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine)
+    settings = MethodSettings(max_steps=60)
+    found = memit.together("memit", engine, [case], settings, memit.solve)
+    assert [op.site for op in found.ops if isinstance(op, LowRank)] == [
+        "layers.0.mlp.down.weight",
+        "layers.1.mlp.down.weight",
+    ]
+    wished = rome.wished_value(engine, case, 1, settings)
+    _, before = memit._seen(engine, [wished], 1, 1)
+    with engine.preview((Active(found),)):
+        _, after = memit._seen(engine, [wished], 1, 1)
+    lacking = wished.delta - (after - before)[0]
+    assert float(lacking.norm()) < 0.5 * float(wished.delta.norm())
 
 
 def test_one_shot_is_the_closed_form_written_out(tmp_path: Path) -> None:

@@ -264,9 +264,8 @@ def _looked_up(op: Codebook, strength: float) -> Callable[[Tensor], Tensor]:
         keys, radii, entries = (part.to(values.device) for part in (op.keys, op.radii, op.entries))
         wide = values.float()
         # Not by the inner product: near a key, where it matters, that loses most of its digits.
-        distances = torch.cdist(
-            wide.flatten(0, -2), keys, compute_mode="donot_use_mm_for_euclid_dist"
-        )  # (positions, n)
+        rows = wide.flatten(0, -2)  # (positions, size)
+        distances = torch.cdist(rows, keys, compute_mode="donot_use_mm_for_euclid_dist")  # (positions, n)
         nearest = distances.masked_fill(distances > radii, float("inf")).min(-1)
         chosen = entries[nearest.indices].view_as(wide)
         inside = nearest.values.isfinite().view(*values.shape[:-1], 1)

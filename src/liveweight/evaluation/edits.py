@@ -41,9 +41,7 @@ class Edit:
     new: str  # what the model is to say
     true: str | None  # what is to be said no longer, where the set tells
     paraphrases: tuple[str, ...] = ()
-    neighbours: tuple[
-        str, ...
-    ] = ()  # prompts that `true` stays the answer to, or whose answers are to stay as they are
+    neighbours: tuple[str, ...] = ()  # prompts that `true` stays the answer to, or whose answers are to stay
     asked: str | None = None  # a chat question for the same fact, for measuring only
 
 

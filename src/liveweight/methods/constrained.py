@@ -55,5 +55,5 @@ def span(keys: Tensor) -> Tensor:
 def _keys(engine: TransformersEngine, rows: Sequence[Answered], layer: int) -> Tensor:
     """(n, neurons): activations where each answer is said, from the prompt's last token on."""
     whole = [(*prompt, *answer) for prompt, answer in rows]
-    replay = engine.record(whole, [max(1, len(prompt) - 1) for prompt, _ in rows], neurons=[layer])
+    replay = engine.record(whole, [max(1, len(prompt) - 1) for prompt, _ in rows], neurons=[layer], final=False)
     return torch.cat([replay.neurons[layer][row, :length] for row, length in enumerate(replay.lengths())]).float()

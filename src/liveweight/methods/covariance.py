@@ -64,17 +64,21 @@ def covariance(engine: TransformersEngine, layer: int, settings: MethodSettings,
 
 
 def whitened(statistics: Tensor, keys: Tensor) -> Tensor:
-    """C⁻¹k for keys (neurons,) or (neurons, n), in float64, with a small ridge.
-
-    The ridge is relative to the median of C's diagonal: its mean belongs to the one neuron of a massive activation.
-    """
-    wide = statistics.to(keys.device, torch.float64)
-    diagonal = wide.diagonal()
-    floor = diagonal[diagonal > 0].median() if bool((diagonal > 0).any()) else diagonal.new_ones(())
-    factor = torch.linalg.cholesky(wide + _RIDGE * floor * torch.eye(len(wide), device=wide.device, dtype=wide.dtype))
+    """C⁻¹k for keys (neurons,) or (neurons, n), in float64, with a small ridge."""
+    factor = torch.linalg.cholesky(ridged(statistics.to(keys.device, torch.float64)))
     columns = keys.double() if keys.dim() == 2 else keys.double()[:, None]
     solved = torch.cholesky_solve(columns, factor)
     return solved if keys.dim() == 2 else solved[:, 0]
+
+
+def ridged(statistics: Tensor) -> Tensor:
+    """C with a small ridge.
+
+    It is relative to the median of C's diagonal: its mean belongs to the one neuron of a massive activation.
+    """
+    diagonal = statistics.diagonal()
+    floor = diagonal[diagonal > 0].median() if bool((diagonal > 0).any()) else diagonal.new_ones(())
+    return statistics + _RIDGE * floor * torch.eye(len(statistics), device=statistics.device, dtype=statistics.dtype)
 
 
 def plain_text(settings: MethodSettings) -> str:

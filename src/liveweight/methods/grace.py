@@ -91,7 +91,7 @@ def _left_alone(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
     if not answered:
         return torch.empty(0, engine.sites.width, device=engine.model.device)
     rows = [(*prompt, *answer) for prompt, answer in answered]
-    replay = engine.record(rows, [max(1, len(prompt) - 1) for prompt, _ in answered], layers=[layer + 1])
+    replay = engine.record(rows, [max(1, len(prompt) - 1) for prompt, _ in answered], layers=[layer + 1], final=False)
     own = [replay.inputs[layer + 1][row, :length] for row, length in enumerate(replay.lengths())]
     return torch.cat(own).float()
 

@@ -16,14 +16,13 @@ from torch import Tensor
 from liveweight.adjustments import Active, Adjustment, LowRank
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Answered, Case
-from liveweight.methods.covariance import covariances
+from liveweight.methods.covariance import covariances, ridged, whitened
 from liveweight.methods.rome import Wished, wished_value
 from liveweight.methods.trials import dense_layers, named, no_mend, outcome, without_super_neurons, works
 from liveweight.settings import MethodSettings
 
 DEPTHS = (1 / 10, 1 / 6)  # the first and the last layer, by relative depth: where facts about a subject are gathered
 RIDGE = 0.05  # of a key's own kᵀC⁻¹k: what λ takes off a fact that stands alone
-_FLOOR = 0.01  # of C's median diagonal, so that directions that plain text never showed stay finite
 
 # Keys (n, neurons) of the facts and (m, neurons) of what is to feel nothing, and C -> the right factor (n, neurons).
 Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -58,7 +57,7 @@ def together(
     last = layers[-1]
     statistics = covariances(engine, layers, settings)
     wished = [wished_value(engine, case, last, settings) for case in cases]
-    start = _residual(engine, wished, last) if len(layers) > 1 else None
+    start: Tensor | None = None
     delta = torch.stack([each.delta for each in wished])  # (n, width)
     previous = list(dict.fromkeys(answered for case in cases for answered in case.previous))
     ops: list[LowRank] = []
@@ -66,9 +65,11 @@ def together(
         trial = Adjustment(name=method, method=method, ops=tuple(ops)) if ops else None
         with engine.preview((*engine.state, *([Active(trial)] if trial else []))):
             keep = without_super_neurons(engine, layer).double()
-            keys = _keys(engine, wished, layer) * keep
+            keys, stream = _seen(engine, wished, layer, last if len(layers) > 1 else None)
+            keys = keys * keep
             kept = _previous_keys(engine, previous, layer, keys) * keep
-            lacking = delta if start is None else delta - (_residual(engine, wished, last) - start)
+        start = stream if start is None else start
+        lacking = delta - (stream - start)
         right = solve(keys, kept, statistics[layer].to(keys.device, torch.float64)) * keep
         left = lacking / (len(layers) - number)
         ops.append(LowRank(site=f"layers.{layer}.mlp.down.weight", left=left.T.contiguous(), right=right))
@@ -83,11 +84,8 @@ def together(
 
 def solve(keys: Tensor, previous: Tensor, statistics: Tensor) -> Tensor:
     """Kᵀ (λC + Kₚ Kₚᵀ + K Kᵀ)⁻¹, (n, neurons) float64, with λ as a share of what the keys weigh under C."""
-    diagonal = statistics.diagonal()
-    floor = diagonal[diagonal > 0].median() if bool((diagonal > 0).any()) else diagonal.new_ones(())
-    usual = statistics + _FLOOR * floor * torch.eye(len(statistics), device=keys.device, dtype=keys.dtype)
-    weights = (keys.T * torch.cholesky_solve(keys.T, torch.linalg.cholesky(usual))).sum(0)  # kᵀC⁻¹k
-    system = RIDGE * weights.median() * usual + previous.T @ previous
+    weights = (keys.T * whitened(statistics, keys.T)).sum(0)  # kᵀC⁻¹k
+    system = RIDGE * weights.median() * ridged(statistics) + previous.T @ previous
     return right_factor(keys, system)
 
 
@@ -112,24 +110,19 @@ def edit_layers(engine: TransformersEngine, settings: MethodSettings) -> list[in
     return within or [min(dense, key=lambda layer: abs(layer - last))]
 
 
-def _keys(engine: TransformersEngine, wished: Sequence[Wished], layer: int) -> Tensor:
-    """(n, neurons) float64: each fact's mean activations at its edit token, under the weights of now."""
-    rows, places = _edit_rows(wished)
-    replay = engine.record(rows, places, neurons=[layer])
-    return _mean_by_fact(replay.neurons[layer][:, 0], wished)
+def _seen(engine: TransformersEngine, wished: Sequence[Wished], layer: int, last: int | None) -> tuple[Tensor, Tensor]:
+    """Each fact's mean at its edit token, float64, under the weights of now.
 
-
-def _residual(engine: TransformersEngine, wished: Sequence[Wished], layer: int) -> Tensor:
-    """(n, width) float64: the mean residual stream behind `layer` at each fact's edit token."""
-    rows, places = _edit_rows(wished)
-    replay = engine.record(rows, places, layers=[layer + 1])
-    return _mean_by_fact(replay.inputs[layer + 1][:, 0], wished)
-
-
-def _edit_rows(wished: Sequence[Wished]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The prompts through the edit token, and where that is."""
+    The activations of `layer`, (n, neurons), and the residual stream behind `last`, (n, width); zeros where there is
+    no `last` to look at.
+    """
     rows = [c.prompt[: place + 1] for each in wished for c, place in zip(each.contexts, each.places, strict=True)]
-    return rows, [len(row) - 1 for row in rows]
+    behind = [] if last is None else [last + 1]
+    replay = engine.record(rows, [len(row) - 1 for row in rows], layers=behind, neurons=[layer], final=False)
+    keys = _mean_by_fact(replay.neurons[layer][:, 0], wished)
+    if last is None:
+        return keys, keys.new_zeros(len(wished), engine.sites.width)
+    return keys, _mean_by_fact(replay.inputs[last + 1][:, 0], wished)
 
 
 def _mean_by_fact(values: Tensor, wished: Sequence[Wished]) -> Tensor:
@@ -146,6 +139,6 @@ def _previous_keys(engine: TransformersEngine, previous: Sequence[Answered], lay
     while len(rows) > 1 and shared < min(map(len, rows)) - 1 and len({row[:shared] for row in rows}) == 1:
         shared += 1
     starts = [shared if len(rows) > 1 else max(1, len(prompt) - 1) for prompt, _ in previous]
-    replay = engine.record(rows, starts, neurons=[layer])
+    replay = engine.record(rows, starts, neurons=[layer], final=False)
     own = [replay.neurons[layer][row, :length] for row, length in enumerate(replay.lengths())]
     return torch.cat(own).double()
