@@ -11,19 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import liveweight
-from liveweight.adjustments import Adjustment
+from liveweight.adjustments import Adjustment, ScaleNeurons, Steer
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import (
     GuardRefused,
     InvalidInput,
+    NoEffect,
     NoMendFound,
     StateConflict,
     UnknownChange,
     UnknownMethod,
     UnknownReply,
+    UnknownSite,
     WorkspaceBusy,
 )
 from liveweight.interrupts import uninterrupted
@@ -400,3 +403,44 @@ def test_an_interrupt_is_not_lost_behind_an_error() -> None:
         signal.raise_signal(signal.SIGINT)
         raise ValueError("the block failed too")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_adjustment_that_no_reply_asked_for_is_measured_committed_and_undone(live: LiveModel) -> None:
+    before = live.fingerprints()
+    vector = torch.zeros(live.engine.info.width)
+    vector[3] = 2.0
+    steer = Adjustment(name="pull", method="steer", ops=(Steer(site="layers.0.resid", vector=vector),))
+    seen = live.apply(steer, prompt=QUESTION, preview=True)
+    assert (seen.id, seen.state, live.changes()) == (None, "preview", [])
+    change = live.apply(steer, prompt=QUESTION)
+    assert (change.state, change.verdict, change.method) == ("active", "apply", "steer")
+    assert change.report is not None and change.report.guard is not None
+    assert change.report.question == QUESTION
+    assert live.engine.activations.hooks
+    assert live.undo().state == "undone"
+    assert not live.engine.activations.hooks
+    assert live.fingerprints() == before
+
+
+def test_an_adjustment_over_budget_is_refused_and_remembered_unless_forced(tmp_path: Path) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path, loose=False)) as live:
+        scale = Adjustment(
+            name="louder",
+            method="scale",
+            ops=(ScaleNeurons(layer=0, neurons=(1, 2, 3), factors=torch.full((3,), 9.0)),),
+        )
+        with pytest.raises(GuardRefused) as refused:
+            live.apply(scale)
+        assert live.change(refused.value.details["change"]).state == "refused"
+        assert live.apply(scale, force=True).forced
+
+
+def test_an_adjustment_that_moves_nothing_or_does_not_fit_is_refused(live: LiveModel) -> None:
+    nothing = Adjustment(name="nothing", method="scale", ops=(ScaleNeurons(layer=0, neurons=(1,), factors=[1.0]),))
+    with pytest.raises(NoEffect):
+        live.apply(nothing)
+    with pytest.raises(InvalidInput):
+        live.apply(Adjustment(name="empty", method="scale", ops=()))
+    with pytest.raises(UnknownSite):
+        live.apply(Adjustment(name="far", method="scale", ops=(ScaleNeurons(layer=9, neurons=(1,), factors=[2.0]),)))
+    assert [change.state for change in live.changes()] == ["failed"]

@@ -1,7 +1,7 @@
-"""From a judgement to a change: case, ladder, guard, ledger, weights, proof; and from one state to another.
+"""From a judgement to a change: case, conflicts, ladder, report.
 
-Owns the write-ahead order and everything that a report holds. The caller holds the lock, and calls `settle` when
-anything was raised. Knows nothing of chats or of how a report is shown.
+Owns what a judgement means for the changes and protected answers that are there, and everything that its report holds.
+The caller holds the lock. Knows nothing of chats, of how a report is shown, or of how a change is carried out.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from liveweight.adjustments import Active
-from liveweight.engines.base import Message
+from liveweight.commits import Commits, messages_of
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import GuardRefused, LiveweightError, NoEffect, NoMendFound, StateConflict, WrongModel
-from liveweight.evidence import answer_under, key_of, moved, probe, prompt_hash, touched_neurons
-from liveweight.guard import Guard, ProtectedItem
+from liveweight.errors import NoEffect, NoMendFound, StateConflict, WrongModel
+from liveweight.evidence import answer_under, key_of, moved, prompt_hash, touched_neurons
+from liveweight.guard import Guard
 from liveweight.interrupts import uninterrupted
 from liveweight.ladder import Climb, Found, Limits, Phases, Say, climb, rungs
 from liveweight.ledger import Change as Record
-from liveweight.ledger import Ledger, Move, Proposal, ProtectedAnswer
+from liveweight.ledger import Ledger, Proposal, ProtectedAnswer
 from liveweight.methods import build_case, works
 from liveweight.methods.base import Answered, Case
 from liveweight.methods.trials import keyed
@@ -80,13 +80,15 @@ class Judge:
         engine: TransformersEngine,
         ledger: Ledger,
         guard: Guard,
+        commits: Commits,
         settings: Settings,
         *,
         say: Say,
         progress: bool,
     ) -> None:
         """The engine is in the ledger's state, and stays so between two calls."""
-        self._engine, self._ledger, self._guard, self._settings = engine, ledger, guard, settings
+        self._engine, self._ledger, self._guard, self._commits = engine, ledger, guard, commits
+        self._settings = settings
         self._say, self._progress = say, progress
 
     @property
@@ -106,13 +108,6 @@ class Judge:
                 reply=record.label,
             )
         return Reply(**record.model_dump())
-
-    def recorded(self, change: int) -> Change:
-        """A change as the ledger has it, with its report and the protected answer that came with it."""
-        record = self._ledger.change(change, model=self._model)
-        answers = self._ledger.protected(self._model, everything=True)
-        own = next((answer.label for answer in answers if answer.change == record.id), None)
-        return Change.of(record, self._ledger.report(record.id), own)
 
     def spoken(self, reply: Reply) -> tuple[int, ...]:
         """A reply's tokens without the one that ends it."""
@@ -161,7 +156,7 @@ class Judge:
         wanted = said.wanted if said.kind == "fix" else None
         found = [] if said.kind == "good" else self._ledger.conflicts(self._model, digest, key, wanted=wanted)
         conflicts = tuple(each for each in found if each.prompt_hash == digest or _same_thing(case, each))
-        same = [each for each in self._ledger.protected(self._model) if prompt_hash(_messages(each)) == digest]
+        same = [each for each in self._ledger.protected(self._model) if prompt_hash(messages_of(each)) == digest]
         # What a replaced change protects goes off and comes back with it.
         replaced = set() if options.keep_both else {each.id for each in conflicts}
         released = () if said.kind == "good" else tuple(each for each in same if each.change not in replaced)
@@ -171,9 +166,9 @@ class Judge:
         """Prompt and answer tokens of what is protected, but for this very question."""
         own = prompt_hash(reply.prompt)
         return [
-            (tuple(self._engine.encode(_messages(each))), each.token_ids)
+            (tuple(self._engine.encode(messages_of(each))), each.token_ids)
             for each in self._ledger.protected(self._model)
-            if prompt_hash(_messages(each)) != own and each.token_ids
+            if prompt_hash(messages_of(each)) != own and each.token_ids
         ]
 
     def _works_now(self, case: Case) -> bool:
@@ -186,11 +181,7 @@ class Judge:
     def _climb(self, work: _Work, names: Sequence[str]) -> Climb:
         replaced = {each.id for each in work.conflicts} if not work.options.keep_both else set()
         gone = {each.id for each in work.released}
-        items = [
-            ProtectedItem(each.label, tuple(self._engine.encode(_messages(each))), each.token_ids)
-            for each in self._ledger.protected(self._model)
-            if each.id not in gone and each.change not in replaced and each.token_ids
-        ]
+        items = self._commits.protected_items(lambda each: each.id in gone or each.change in replaced)
         limits = Limits(items, [work.case.question], self._progress)
         methods = self._settings.methods
         return climb(self._engine, self._guard, work.case, names, methods, limits, work.phases, self._say)
@@ -262,16 +253,8 @@ class Judge:
         if options.preview:
             return _unwritten(work.said, report, "preview", best)
         if found.chosen is None and not options.force:
-            with uninterrupted():
-                told = report.model_dump(mode="json")
-                reason = " ".join(best.guard.reasons)
-                refused = self._ledger.refuse(self._proposal(work, best, told, feedback), reason)
-            raise GuardRefused(
-                f"{refused.label} works, but it would change too much else: {reason}.",
-                hint=f"Look at it with `show {refused.label}`, or commit it all the same with --force.",
-                change=refused.label,
-                report=told,
-            )
+            proposal = self._proposal(work, best, report.model_dump(mode="json"), feedback)
+            raise self._commits.refuse(proposal, best.guard)
         return self._commit(work, best, report, spoken, feedback)
 
     def _proposal(self, work: _Work, best: Found, told: dict[str, Any], feedback: int | None) -> Proposal:
@@ -292,35 +275,22 @@ class Judge:
     def _commit(
         self, work: _Work, best: Found, report: Report, spoken: tuple[int, ...], feedback: int | None
     ) -> Change:
-        """Write ahead, change the weights, prove it, mark it active; a Ctrl-C meanwhile waits until it is done."""
-        engine, ledger = self._engine, self._ledger
-        answer = work.case.contexts[0].target
-        before = probe(engine, work.prompt, answer)
-        replaces = [] if work.options.keep_both else [each.id for each in work.conflicts]
-        with uninterrupted():
-            with work.phases.of("commit"):
-                told = report.model_dump(mode="json")
-                change = ledger.intend(self._proposal(work, best, told, feedback), replaces=replaces)
-                version = engine.become(ledger.state(self._model, intended=True))
-                after = probe(engine, work.prompt, answer)
-                if torch.equal(before, after):
-                    raise self._no_effect(change, report)
-                ledger.activate(change.id, {"version": str(version)})
-                if work.said.kind != "bad":
-                    self._protect_answer(work, change, spoken, feedback)
-                for each in work.released:
-                    ledger.unprotect(each.id)
-            final = {"version_after": str(version), "seconds": dict(work.phases.seconds)}
-            ledger.add_report(change.id, report.model_copy(update=final).model_dump(mode="json"))
-            return self.recorded(change.id)
+        """Commit, protect what was asked for, and release what it overrules."""
 
-    def _no_effect(self, change: Record, report: Report) -> NoEffect:
-        """Take the change out again, and say that it did nothing."""
-        survived = "" if report.weights is None else f" {report.weights.survived:.0%} of it survived rounding."
-        reason = f"{change.label} moved nothing that a forward pass over the question could see.{survived}"
-        self._ledger.fail(change.id, reason)
-        self._engine.become(self._ledger.state(self._model))
-        return NoEffect(reason, hint="Try another method, or a model in float32.", change=change.label)
+        def then(change: Record) -> None:
+            if work.said.kind != "bad":
+                self._protect_answer(work, change, spoken, feedback)
+            for each in work.released:
+                self._ledger.unprotect(each.id)
+
+        return self._commits.commit(
+            self._proposal(work, best, report.model_dump(mode="json"), feedback),
+            report,
+            work.phases,
+            (work.prompt, work.case.contexts[0].target),
+            replaces=[] if work.options.keep_both else [each.id for each in work.conflicts],
+            then=then,
+        )
 
     def _protect_answer(self, work: _Work, change: Record, spoken: tuple[int, ...], feedback: int | None) -> None:
         """Protect what was asked for: of a fix the answer through the wished words, not what is said behind them."""
@@ -386,20 +356,6 @@ class Judge:
         with engine.gate.step(), torch.inference_mode():
             return float(engine.leads(final, torch.tensor(list(answer), device=final.device))[0].min())
 
-    # ------------------------------------------------------------------------------------------------ moves
-
-    def move(self, wishes: Sequence[Move]) -> None:
-        """Bring changes to other states or strengths, all of them or none, in ledger and weights alike."""
-        ledger, engine = self._ledger, self._engine
-        with uninterrupted():
-            intent = ledger.intend_moves(self._model, wishes)
-            try:
-                version = engine.become(ledger.state(self._model, intended=True))
-            except LiveweightError as error:
-                ledger.abandon(intent.id, error.message)
-                raise
-            ledger.finish(intent.id, {"version": str(version)})
-
     def require_no_conflict(self, change: int) -> None:
         """Raises StateConflict when an active change contradicts this one."""
         record = self._ledger.change(change, model=self._model)
@@ -413,13 +369,6 @@ class Judge:
                 change=record.label,
                 other=other.label,
             )
-
-    def settle(self) -> None:
-        """After an error or an interrupt: close what was left half-made, and be what the ledger says."""
-        for change in self._ledger.changes(self._model, states=["intended"]):
-            self._ledger.fail(change.id, "it was interrupted before it was done")
-        self._ledger.recover()
-        self._engine.become(self._ledger.state(self._model))
 
 
 def _unwritten(said: Judgement, report: Report, state: Any, best: Found | None, protected: str | None = None) -> Change:
@@ -446,10 +395,6 @@ def _same_thing(case: Case, other: Record) -> bool:
     if case.subject is not None and case.subject.casefold() not in other.question.casefold():
         return False
     return may_ask_the_same(case.question, other.question)
-
-
-def _messages(answer: ProtectedAnswer) -> tuple[Message, ...]:
-    return tuple(Message(turn.role, turn.content) for turn in answer.messages)
 
 
 __all__ = ["Judge", "Judgement", "Options"]

@@ -114,7 +114,7 @@ def climb(
         try:
             with phases.of("propose"):
                 adjustment = METHODS[name].propose(engine, case, settings)
-                adjustment = _sparing(engine, adjustment)
+                adjustment = sparing(engine, adjustment)
         except (NoMendFound, Unsupported) as error:
             note("nothing", error.message)
             continue
@@ -181,8 +181,8 @@ def _measure(guard: Guard, candidate: State, limits: Limits) -> GuardReport:
     return guard.measure(candidate, protected=limits.protected, leave_out=limits.leave_out, progress=limits.progress)
 
 
-def _sparing(engine: TransformersEngine, adjustment: Adjustment) -> Adjustment:
-    """The adjustment without what it would do to a super weight: no method may touch one by accident."""
+def sparing(engine: TransformersEngine, adjustment: Adjustment) -> Adjustment:
+    """The adjustment without what it would do to a super weight: nothing may touch one by accident."""
     found = find_super_weights(engine, engine.loaded.source.cache_dir)
     return spare(adjustment, found) if protect(adjustment, found) else adjustment
 

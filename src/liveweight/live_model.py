@@ -20,6 +20,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from liveweight import applying
+from liveweight.adjustments import Adjustment
+from liveweight.commits import Commits
 from liveweight.conversation import Chatter, ReplyStream, as_messages
 from liveweight.engines.base import Message, Sampling, Token
 from liveweight.engines.model_source import load as load_checkpoint
@@ -70,7 +73,9 @@ class LiveModel:
         engine.become(ledger.state(info.hash))
         self._chatter = Chatter(engine, ledger, settings.generation)
         guard = Guard(engine, settings.guard, settings.cache_dir)
-        self._judge = Judge(engine, ledger, guard, settings, say=say, progress=progress)
+        self._guard, self._say, self._progress = guard, say, progress
+        self._commits = Commits(engine, ledger)
+        self._judge = Judge(engine, ledger, guard, self._commits, settings, say=say, progress=progress)
 
     @classmethod
     def load(
@@ -243,15 +248,38 @@ class LiveModel:
         with self._whole():
             return self._judge.judge(judgement, options)
 
+    def apply(
+        self, adjustment: Adjustment, *, prompt: str | None = None, preview: bool = False, force: bool = False
+    ) -> Change:
+        """Commit an adjustment that no reply asked for, if what it changes stays within the guard's budget.
+
+        `prompt` is a question whose answer it is to move: the report shows it before and after, and the guard leaves it
+        out; without one, a probe of the guard's is shown. Super neurons are left out of it unless forced. `preview`
+        measures and commits nothing; `force` commits over the budget. Raises GuardRefused, NoEffect where the answer's
+        probabilities are bit for bit what they were, and InvalidInput or UnknownSite for what does not fit the model.
+        """
+        with self._whole():
+            return applying.apply(
+                self.engine,
+                self._guard,
+                self._commits,
+                adjustment,
+                prompt=prompt,
+                preview=preview,
+                force=force,
+                say=self._say,
+                progress=self._progress,
+            )
+
     # ------------------------------------------------------------------------------------------------- changes
 
     def changes(self) -> list[Change]:
         """Every change of this model in the ledger's order, whatever its state."""
-        return [self._judge.recorded(record.id) for record in self.ledger.changes(self.engine.info.hash)]
+        return [self._commits.recorded(record.id) for record in self.ledger.changes(self.engine.info.hash)]
 
     def change(self, change: ChangeLike) -> Change:
         """A change by its id, with its report. Raises UnknownChange, WrongModel."""
-        return self._judge.recorded(self._id(change))
+        return self._commits.recorded(self._id(change))
 
     def set_strength(self, change: ChangeLike, strength: float) -> Change:
         """Weaken or amplify a change: 1 is as proposed, 0 is the same as off."""
@@ -284,14 +312,14 @@ class LiveModel:
                 for other in self.ledger.changes(self.engine.info.hash, states=["off"])
                 if other.replaced_by == number
             ]
-            self._judge.move([Move(number, "undone"), *back])
-            return self._judge.recorded(number)
+            self._commits.move([Move(number, "undone"), *back])
+            return self._commits.recorded(number)
 
     def _moved(self, change: ChangeLike, to: Any = None, strength: float | None = None) -> Change:
         with self._whole():
             number = self._id(change)
-            self._judge.move([Move(number, to, strength)])
-            return self._judge.recorded(number)
+            self._commits.move([Move(number, to, strength)])
+            return self._commits.recorded(number)
 
     def _newest(self) -> int:
         found = self.ledger.changes(self.engine.info.hash, states=["active", "off"])
@@ -353,7 +381,7 @@ class LiveModel:
                 yield
             except BaseException:
                 with uninterrupted():
-                    self._judge.settle()
+                    self._commits.settle()
                 raise
 
 

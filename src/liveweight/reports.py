@@ -19,6 +19,7 @@ from liveweight.ledger import Turn
 
 State = Literal["active", "off", "undone", "refused", "failed", "intended", "preview", "protected"]
 Kind = Literal["fix", "bad", "good"]
+Verb = Literal["fix", "bad", "good", "apply"]  # what a change came from; `apply` is of an adjustment that was given
 
 
 class _Value(BaseModel):
@@ -98,9 +99,12 @@ class WeightsMoved(_Value):
 
 
 class Report(_Value):
-    """Everything measured of one judgement: before and after, neurons, guard, cost."""
+    """Everything measured of one change: before and after, neurons, guard, cost.
 
-    verdict: Kind
+    Where no reply was judged, `question` is what was asked to see the difference.
+    """
+
+    verdict: Verb
     question: str
     wanted: str | None
     reason: str | None = None
@@ -158,12 +162,15 @@ class Report(_Value):
 
 
 class Change(_Value):
-    """One judgement and what it did to the model. A preview, and a good answer that only got protected, have no id."""
+    """One judgement, or one adjustment that was given, and what it did to the model.
+
+    A preview, and a good answer that only got protected, have no id.
+    """
 
     id: int | None
     state: State
     strength: float = 1.0
-    verdict: Kind
+    verdict: Verb
     method: str | None
     name: str
     question: str

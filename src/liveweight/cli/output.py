@@ -101,7 +101,7 @@ def report_view(report: Report) -> RenderableType:
         rows.append(("wanted", Text(report.wanted)))
     if report.reason:
         rows.append(("reason", Text(report.reason)))
-    rows.append(("before", Text(report.before, style="red" if report.verdict != "good" else "")))
+    rows.append(("before", Text(report.before, style="red" if report.verdict in ("fix", "bad") else "")))
     rows.append(("after", Text(report.after, style="green")))
     rows.append(("method", Text(f"{report.method}. {report.note}" if report.method else report.note)))
     if report.weights is not None:
