@@ -73,7 +73,7 @@ class LiveModel:
         engine.become(ledger.state(info.hash))
         self._chatter = Chatter(engine, ledger, settings.generation)
         guard = Guard(engine, settings.guard, settings.cache_dir)
-        self._guard, self._say, self._progress = guard, say, progress
+        self.guard, self._say, self._progress = guard, say, progress
         self._commits = Commits(engine, ledger)
         self._judge = Judge(engine, ledger, guard, self._commits, settings, say=say, progress=progress)
 
@@ -261,7 +261,7 @@ class LiveModel:
         with self._whole():
             return applying.apply(
                 self.engine,
-                self._guard,
+                self.guard,
                 self._commits,
                 adjustment,
                 prompt=prompt,

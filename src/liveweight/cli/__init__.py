@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from liveweight.cli import ask, changes, chat, demo, doctor, judge, models, output, super_weights, switch, why
+from liveweight.cli import arena, ask, changes, chat, demo, doctor, judge, models, output, super_weights, switch, why
 from liveweight.cli.options import JSON_WISHED, Options
 from liveweight.errors import LiveweightError
 
@@ -113,6 +113,7 @@ for _verb in (
     switch.strength,
     models.models,
     doctor.doctor,
+    arena.arena,
 ):
     app.command()(_verb)
 app.command("super-weights")(super_weights.super_weights)

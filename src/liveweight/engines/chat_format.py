@@ -78,11 +78,14 @@ class ChatFormat:
 
     def locate(self, messages: Sequence[Message], piece: str) -> tuple[int, int] | None:
         """First and last token, in `encode(messages)`, of the last occurrence of `piece`; None where it is not."""
-        text = self.text(messages)
+        return self.locate_text(self.text(messages), piece, special=not self.has_template)
+
+    def locate_text(self, text: str, piece: str, *, special: bool = False) -> tuple[int, int] | None:
+        """The same in `encode_text(text, special=special)`."""
         start = text.rfind(piece)
         if start < 0 or not piece:
             return None
-        encoded = self.tokenizer(text, add_special_tokens=not self.has_template, return_offsets_mapping=True)
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         inside = [
             index
             for index, (first, last) in enumerate(encoded["offset_mapping"])

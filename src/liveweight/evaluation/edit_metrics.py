@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.evaluation.answers import same_first_sentence, says
+from liveweight.evaluation.answers import fluency, same_first_sentence, says
 from liveweight.evaluation.edits import Edit, Form
 from liveweight.evaluation.generation import generate_batch
 
@@ -47,6 +47,7 @@ class EditScores:
     chat: float  # greedy free generation says the new answer in its first sentence
     chat_paraphrase: float | None
     kept: float | None  # neighbours whose first sentence is the same, word for word, as the base's
+    fluency: float  # of what is said to the question and its paraphrases: n-gram entropies in bits x 100
 
 
 def efficacy(found: Sequence[Likelihood]) -> float | None:
@@ -72,13 +73,29 @@ def share(held: Sequence[bool]) -> float | None:
     return sum(held) / len(held) if held else None
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is there; None of nothing."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def asked_of(edit: Edit) -> tuple[Form, str]:
+    """What is asked in free generation: the set's own chat question where it has one."""
+    return ("question", edit.asked) if edit.asked else (edit.form, edit.prompt)
+
+
+def _spoken_of(edit: Edit, texts: Sequence[str]) -> list[tuple[Form, str]]:
+    """Which of an edit's paraphrases or neighbours are judged by what is said: questions; completions by likelihood."""
+    return [(edit.form, text) for text in texts] if edit.form == "question" else []
+
+
 class EditMeter:
     """Measures edits on an engine, against what the base said to their neighbours."""
 
     def __init__(self, engine: TransformersEngine, cases: Sequence[Edit]) -> None:
         """Ask the base about every neighbour. The engine's present weights should be the base's."""
         self.engine = engine
-        asked = list(dict.fromkeys((each.form, text) for each in cases for text in each.neighbours))
+        asked = list(dict.fromkeys(spoken for each in cases for spoken in _spoken_of(each, each.neighbours)))
         self._before = dict(zip(asked, self._said(asked), strict=True))
 
     def measure(self, edit: Edit) -> EditScores:
@@ -92,11 +109,15 @@ class EditMeter:
         return [self._scores(edit, likely[i], replies) for i, edit in enumerate(cases)]
 
     def _scores(
-        self, edit: Edit, likely: tuple[list[Likelihood], ...], replies: dict[tuple[Form, str], str]
+        self,
+        edit: Edit,
+        likely: tuple[list[Likelihood], ...],
+        replies: dict[tuple[Form, str], str],
     ) -> EditScores:
         own, paraphrases, neighbours = likely
-        asked: tuple[Form, str] = ("question", edit.asked) if edit.asked else (edit.form, edit.prompt)
-        kept = [same_first_sentence(replies[edit.form, t], self._before[edit.form, t]) for t in edit.neighbours]
+        asked = replies[asked_of(edit)]
+        paraphrased = [replies[each] for each in _spoken_of(edit, edit.paraphrases)]
+        kept = [same_first_sentence(replies[each], self._before[each]) for each in _spoken_of(edit, edit.neighbours)]
         return EditScores(
             efficacy=efficacy(own),
             paraphrase=efficacy(paraphrases),
@@ -104,9 +125,10 @@ class EditMeter:
             accuracy=float(own[0].said),
             accuracy_paraphrase=share([each.said for each in paraphrases]),
             accuracy_neighbourhood=share([each.said for each in neighbours if each.true is not None]),
-            chat=float(says(replies[asked], edit.new)),
-            chat_paraphrase=share([says(replies[edit.form, text], edit.new) for text in edit.paraphrases]),
+            chat=float(says(asked, edit.new)),
+            chat_paraphrase=share([says(reply, edit.new) for reply in paraphrased]),
             kept=share(kept),
+            fluency=mean([fluency(reply) for reply in (asked, *paraphrased)]) or 0.0,
         )
 
     def _likelihoods(self, cases: Sequence[Edit]) -> list[tuple[list[Likelihood], ...]]:
@@ -136,8 +158,7 @@ class EditMeter:
         """What is said to everything that is judged by what is said."""
         wanted: list[tuple[Form, str]] = []
         for edit in cases:
-            wanted += [(edit.form, text) for text in (edit.prompt, *edit.paraphrases, *edit.neighbours)]
-            wanted += [("question", edit.asked)] if edit.asked else []
+            wanted += [asked_of(edit), *_spoken_of(edit, (*edit.paraphrases, *edit.neighbours))]
         unique = list(dict.fromkeys(wanted))
         return dict(zip(unique, self._said(unique), strict=True))
 

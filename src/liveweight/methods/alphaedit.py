@@ -7,13 +7,15 @@ eigenvalues of C, so that Δ = R KᵀP (Kₚ KₚᵀP + K KᵀP + I)⁻¹, after
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Case
-from liveweight.methods.memit import one_fact, right_factor
+from liveweight.methods.memit import one_fact, right_factor, together
 from liveweight.settings import MethodSettings
 
 SMALL = 0.5  # of C's median eigenvalue: what is below this counts as nothing
@@ -26,6 +28,11 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     Raises NoMendFound when the layers together do not do it, Unsupported for layers of experts.
     """
     return one_fact("alphaedit", engine, case, settings, solve)
+
+
+def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+    """One change for all the cases. Raises Unsupported for layers of experts."""
+    return together("alphaedit", engine, cases, settings, solve)
 
 
 def solve(keys: Tensor, previous: Tensor, statistics: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ shape of a method. Knows no method by name: the registry in `methods/__init__.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,14 +23,15 @@ Answered = tuple[tuple[int, ...], tuple[int, ...]]  # the tokens of a prompt and
 class Context:
     """One way the question may come, and what the model should answer to it.
 
-    `key` is where in the target the answer proper lies, behind its opening ("The capital of Angola is"): first token,
-    and one past the last.
+    It comes as a chat, or as a plain `text` that the model goes on with. `key` is where in the target the answer
+    proper lies, behind its opening ("The capital of Angola is"): first token, and one past the last.
     """
 
     messages: tuple[Message, ...]
     prompt: tuple[int, ...]  # the whole prompt's tokens, template included
     target: tuple[int, ...]  # the answer to be given, as the model would write it right after the prompt
     key: tuple[int, int] = (0, 0)
+    text: str = ""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -42,9 +43,10 @@ class Context:
 class Case:
     """A judged answer, and everything a method may use to mend it.
 
-    `contexts[0]` is the question as it was asked. In a `fix` the targets hold the wished answer; in a `bad` they hold
-    the model's own next best answer; in a `good` the answer that was given. Targets may differ: where the model opens
-    its answer to another wording otherwise, the target follows that opening.
+    `contexts[0]` is the question as it was asked; `messages` are empty where that was a plain text to go on with. In a
+    `fix` the targets hold the wished answer; in a `bad` they hold the model's own next best answer; in a `good` the
+    answer that was given. Targets may differ: where the model opens its answer to another wording otherwise, the target
+    follows that opening.
     """
 
     kind: CaseKind
@@ -67,7 +69,9 @@ class Case:
 
     @property
     def question(self) -> str:
-        """The last thing the person said."""
+        """The last thing the person said, or the text to go on with."""
+        if not self.messages:
+            return self.contexts[0].text
         return next((m.content for m in reversed(self.messages) if m.role == "user"), self.messages[-1].content)
 
 
@@ -79,6 +83,7 @@ class Method(Protocol):
         ...
 
 
+Together = Callable[[TransformersEngine, Sequence[Case], MethodSettings], Adjustment]
 Accept = Callable[[Adjustment], bool]  # whether a proposal works and stays in budget: what the ladder asks
 
 
@@ -90,4 +95,5 @@ class Described:
     propose: Method
     summary: str
     kinds: tuple[CaseKind, ...]
+    together: Together | None = None  # one change for many cases
     refits: bool = False  # whether it fits against `Case.broken`, and otherwise where the case says careful

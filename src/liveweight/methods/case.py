@@ -49,11 +49,13 @@ def build_case(
     *,
     kind: CaseKind,
     wanted: str | None = None,
+    subject: str | None = None,
     previous: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
 ) -> Case:
     """Everything that a method may use to mend one judged answer.
 
-    `answer_tokens` are the reply's own tokens; `previous` are prompts and answers (as tokens) of earlier changes and
+    `answer_tokens` are the reply's own tokens; `subject` is what the question is about, where it is known and stands in
+    it, else it is looked for; `previous` are prompts and answers (as tokens) of earlier changes and
     protected answers, which a mend must leave alone. Raises InvalidInput for a fix without a wished answer or a chat
     without a question, NoMendFound where the model has no other answer to give.
     """
@@ -66,8 +68,8 @@ def build_case(
     if kind == "fix" and not wanted:
         raise InvalidInput("The wished answer is empty.", hint="Say what the right answer is.")
     question = turns[-1].content.strip()
-    subject = subject_of(question)
-    like = _like(engine, subject) if subject else []
+    subject = subject if subject and subject in question else subject_of(question)
+    like = like_names(engine, subject) if subject else []
     if kind == "fix":
         sentence = _best_statement(engine, turns, question, wanted, answer)
         piece = wanted.rstrip(".")
@@ -100,7 +102,8 @@ def build_case(
     )
 
 
-def _context(engine: TransformersEngine, messages: Sequence[Message], sentence: str, piece: str = "") -> Context:
+def chat_context(engine: TransformersEngine, messages: Sequence[Message], sentence: str, piece: str = "") -> Context:
+    """A chat that is to be answered with a sentence, whose answer proper is `piece`."""
     prompt = engine.encode(messages)
     target = engine.format.encode_continuation(prompt, sentence)
     key = _key(engine, target, sentence, piece) if piece else (0, len(target))
@@ -127,7 +130,7 @@ def _contexts(
         user, assistant = earlier_turns()[0]
         chats.append((*system, Message("user", user), Message("assistant", assistant), Message("user", question)))
     chats += [(*system, Message("user", text)) for text in rephrase(question, rewordings)] if rewordings else []
-    return tuple(_context(engine, chat, sentence, piece) for chat in chats[: rewordings + 1])
+    return tuple(chat_context(engine, chat, sentence, piece) for chat in chats[: rewordings + 1])
 
 
 def _as_opened(
@@ -146,16 +149,16 @@ def _as_opened(
     ]
     if 0 not in elsewhere:
         return contexts
-    asked = _behind(engine, contexts[:1], [[answer]], scores[:1], piece)[0]
+    asked = behind_openings(engine, contexts[:1], [[answer]], scores[:1], piece)[0]
     if asked is contexts[0]:
         usual = _as_others_are_answered(engine, contexts[0], like)
-        asked = _behind(engine, contexts[:1], [usual], scores[:1], piece)[0]
+        asked = behind_openings(engine, contexts[:1], [usual], scores[:1], piece)[0]
     if asked is contexts[0]:
         return contexts
     others = elsewhere[1:]
     replies = engine.greedy([contexts[index].prompt for index in others], OPENING) if others else []
     texts = [[engine.format.decode(reply)] for reply in replies]
-    behind = _behind(engine, [contexts[i] for i in others], texts, [scores[i] for i in others], piece)
+    behind = behind_openings(engine, [contexts[i] for i in others], texts, [scores[i] for i in others], piece)
     own = {0: asked} | dict(zip(others, behind, strict=True))
     return tuple(own.get(index, context) for index, context in enumerate(contexts))
 
@@ -179,7 +182,7 @@ def _as_others_are_answered(engine: TransformersEngine, context: Context, like: 
     return [engine.format.decode(reply).replace(names[row], subject) for row, reply in zip(rows, replies, strict=True)]
 
 
-def _behind(
+def behind_openings(
     engine: TransformersEngine,
     contexts: Sequence[Context],
     replies: Sequence[Sequence[str]],
@@ -195,7 +198,7 @@ def _behind(
         subject = subject_of(context.messages[-1].content) or ""
         for opening in dict.fromkeys(opening for reply in own for opening in _openings(first_sentence(reply))):
             if opening[-1].isalnum() and subject in opening and len(engine.format.encode_text(opening)) < OPENING - 1:
-                slots.append((row, _context(engine, context.messages, f"{opening} {piece}.", piece)))
+                slots.append((row, chat_context(engine, context.messages, f"{opening} {piece}.", piece)))
     likeliest = [
         (float(score.logprobs[slice(*context.key)].sum()) - LEEWAY, context)
         for context, score in zip(contexts, scores, strict=True)
@@ -280,7 +283,7 @@ def _others(
             chosen.append(openings[1 + number // 3 % (len(openings) - 1)])
         if number % SAID == 1:
             chosen.append(judged)
-        found += [_context(engine, chat, opening.replace(subject, name) or name) for opening in chosen]
+        found += [chat_context(engine, chat, opening.replace(subject, name) or name) for opening in chosen]
     return tuple(found)
 
 
@@ -291,10 +294,10 @@ def _about(engine: TransformersEngine, question: str, subject: str, like: Sequen
     for number, name in enumerate(like[:ELSEWHERE]):
         texts = other_questions(question, name)
         asked += [(text, opening_of(text)) for text in texts[number % max(len(texts), 1) :][:1]]
-    return tuple(_context(engine, (Message("user", text),), said) for text, said in asked)
+    return tuple(chat_context(engine, (Message("user", text),), said) for text, said in asked)
 
 
-def _like(engine: TransformersEngine, subject: str) -> list[str]:
+def like_names(engine: TransformersEngine, subject: str) -> list[str]:
     """Names, those most like the subject first by the cosine of their mean embeddings; the subject left out."""
     table = engine.sites.weight("embed.weight").parameter.detach()
     offered = [name for name in names() if name.lower() != subject.lower()]

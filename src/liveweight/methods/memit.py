@@ -36,6 +36,11 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     return one_fact("memit", engine, case, settings, solve)
 
 
+def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+    """One change for all the cases. Raises Unsupported for layers of experts."""
+    return together("memit", engine, cases, settings, solve)
+
+
 def one_fact(method: str, engine: TransformersEngine, case: Case, settings: MethodSettings, solve: Solve) -> Adjustment:
     """As `propose`, for any closed form. Raises NoMendFound, Unsupported."""
     before = outcome(engine, case)

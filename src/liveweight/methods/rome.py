@@ -119,6 +119,8 @@ def edit_tokens(
 
 def _subject(engine: TransformersEngine, context: Context, subject: str) -> tuple[int, int] | None:
     """The subject's first and last token in a context's prompt, where it is there."""
+    if context.text:
+        return engine.format.locate_text(context.text, subject, special=True)
     if tuple(engine.encode(context.messages)) != context.prompt:
         return None  # a prompt that was put together in another way has its tokens elsewhere
     return engine.format.locate(context.messages, subject)

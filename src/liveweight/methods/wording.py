@@ -132,6 +132,19 @@ def rephrase(question: str, most: int) -> list[str]:
     return list(dict.fromkeys(found + [wrapper.format(q=question) for wrapper in wrappers]))[:most]
 
 
+def completions(text: str) -> list[str]:
+    """Ways to bring a statement up whose end is left open."""
+    forms: list[str] = _list("rephrasings.json")["completions"]
+    return [form.format(t=text) for form in forms]
+
+
+def passages(count: int = 4) -> list[str]:
+    """Unrelated sentences that may stand before a text, from all over the plain text."""
+    text = resources.files("liveweight.methods").joinpath("plain_text.txt").read_text(encoding="utf-8")
+    paragraphs = [part for part in text.split("\n\n") if part.strip()]
+    return [first_sentence(part) for part in paragraphs[:: max(1, len(paragraphs) // count)][:count]]
+
+
 def other_questions(question: str, subject: str) -> list[str]:
     """What else may be asked about the subject of a question, where it can be told what the question asks."""
     relation = _relation(question)

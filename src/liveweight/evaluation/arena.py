@@ -1,0 +1,425 @@
+"""The arena: methods on the same cases, one by one, one after another in one model, or all at once.
+
+Owns the order of measuring and the run's file, which is written after every case, so that a run that was killed goes on
+where it was. What a method proposes is carried out whatever the guard says of it, and what the guard says is kept
+beside; nothing is written to a ledger. Knows no method, and nothing of tables and pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from liveweight.adjustments import Active, Adjustment, State
+from liveweight.engines.base import Message, Sampling
+from liveweight.engines.fingerprints import write_atomically
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import InvalidInput, NoMendFound, StateConflict, Unsupported
+from liveweight.evaluation.damage import KLMeter, PerplexityMeter
+from liveweight.evaluation.edit_metrics import EditMeter, EditScores, mean
+from liveweight.evaluation.edits import Edit
+from liveweight.evidence import moved
+from liveweight.guard import Guard
+from liveweight.ladder import AUTO, Limits, Phases, climb, sparing
+from liveweight.methods import LADDER, METHODS, Case, build_case
+from liveweight.methods.base import Answered
+from liveweight.methods.completion import completion_case
+from liveweight.settings import MethodSettings
+
+Mode = Literal["single", "sequential", "batch"]
+Row = dict[str, Any]
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+
+POINTS = (1, 10, 100, 250, 500)  # numbers of edits behind which a sequence is measured
+_REPLY = 40  # tokens of the judged answer
+_SHARE_OF_SCORES = [name for name in EditScores.__dataclass_fields__]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: everything that decides the figures."""
+
+    data: str
+    cases: tuple[Edit, ...]
+    methods: tuple[str, ...]
+    mode: Mode = "single"
+    points: tuple[int, ...] = POINTS
+    seed: int = 0
+    damage_every: int = 1  # KL and perplexity of every so many single cases
+
+    def header(self, engine: TransformersEngine, settings: MethodSettings) -> Row:
+        """As the run's file says it; another header is another run. Methods may be added to a run."""
+        told = json.dumps([asdict(case) for case in self.cases], sort_keys=True)
+        return {
+            "model": engine.info.name,
+            "hash": engine.info.hash,
+            "dtype": engine.info.dtype,
+            "data": self.data,
+            "cases": len(self.cases),
+            "cases_hash": hashlib.sha256(told.encode()).hexdigest()[:16],
+            "mode": self.mode,
+            "points": [point for point in self.points if point <= len(self.cases)] if self.mode != "single" else [],
+            "seed": self.seed,
+            "settings": settings.model_dump(mode="json"),
+        }
+
+
+class Arena:
+    """Runs one plan on an engine that is in its base state; it is so again afterwards."""
+
+    def __init__(
+        self,
+        engine: TransformersEngine,
+        guard: Guard,
+        settings: MethodSettings,
+        plan: Plan,
+        *,
+        neutral: Sequence[str],
+        text: str,
+        text_tokens: int = 4096,
+        progress: Progress = lambda what, done, of: None,
+    ) -> None:
+        """`neutral` are instructions on which KL is measured, `text` is plain text for the perplexity."""
+        if engine.state:
+            raise StateConflict("The arena needs the base model.", hint="Use a workspace without active changes.")
+        self.engine, self.guard, self.settings, self.plan = engine, guard, settings, plan
+        self._progress = progress
+        torch.manual_seed(plan.seed)
+        random.seed(plan.seed)
+        progress("reading what the model says now", 0, len(plan.cases))
+        self._meter = EditMeter(engine, plan.cases)
+        self._kl = KLMeter(engine, neutral)
+        self._perplexity = PerplexityMeter(engine, text, tokens=text_tokens)
+
+    def run(self, file: Path, *, resume: bool = False) -> Row:
+        """Everything that the plan asks for and `file` does not hold yet; what it holds in the end.
+
+        Raises InvalidInput where the file is another run's, or is there and is not to be gone on with.
+        """
+        record = _Record.open(file, self.plan.header(self.engine, self.settings), resume=resume)
+        if "unedited" not in record.data:
+            record.data["unedited"] = [self._row(edit, self._scores_of(edit)) for edit in self._cases("unedited", 0)]
+            record.save()
+        for name in self.plan.methods:
+            self._check(name)
+            if self.plan.mode == "single":
+                self._single(name, record)
+            else:
+                self._many(name, record)
+        return record.data
+
+    # -------------------------------------------------------------------------------------------------- one by one
+
+    def _single(self, name: str, record: _Record) -> None:
+        """Each case on the base model, and the base again."""
+        rows = record.rows(name)
+        for edit in self._cases(name, len(rows)):
+            measure = len(rows) % self.plan.damage_every == 0
+            row = self._row(edit)
+            with _measured(row):
+                found = self._proposed(name, edit, row, ())
+            if found is not None:
+                state = (Active(found),)
+                row |= self._guarded(edit, state) | self._cost(found)
+                before = self._bytes(found)
+                self.engine.become(state)
+                try:
+                    row["scores"] = asdict(self._scores_of(edit))
+                    if measure:
+                        row |= self._damage()
+                finally:
+                    self.engine.become(())
+                row["undo_exact"] = self._bytes(found) == before
+            else:
+                row["scores"] = asdict(self._scores_of(edit))
+            rows.append(row)
+            record.save()
+
+    def _guarded(self, edit: Edit, state: State) -> Row:
+        """What the guard says of a state."""
+        measured = self.guard.measure(state, leave_out=[edit.prompt], progress=False)
+        return {
+            "guard": {
+                "passed": measured.passed,
+                "mean_kl": measured.mean_kl,
+                "changed_share": measured.changed_share,
+                "perplexity_ratio": measured.perplexity_ratio,
+                "reasons": list(measured.reasons),
+            }
+        }
+
+    # ------------------------------------------------------------------------------------ one after another, at once
+
+    def _many(self, name: str, record: _Record) -> None:
+        """All cases in one model: each beside those before it, or all of them together."""
+        engine, rows = self.engine, record.rows(name)
+        points: list[Row] = record.data.setdefault("points", {}).setdefault(name, [])
+        kept = _Kept(record.file, name)
+        before = engine.fingerprints() if not rows else None
+        try:
+            state = tuple(Active(each) for each in kept.load(sum(row["outcome"] == "made" for row in rows)))
+            engine.become(state)
+            together = METHODS[name].together if name in METHODS else None
+            if self.plan.mode == "batch" and together is not None:
+                if not rows:
+                    self._at_once(name, rows, kept)
+            else:
+                for edit in self._cases(name, len(rows)):
+                    row = self._row(edit)
+                    with _measured(row):
+                        found = self._proposed(name, edit, row, self._previous(rows))
+                    if found is not None:
+                        begun = time.perf_counter()
+                        engine.become((*engine.state, Active(found)))
+                        row["become_seconds"] = time.perf_counter() - begun
+                        row |= self._cost(found, share=False)
+                        kept.add(found)
+                    rows.append(row)
+                    record.save()
+                    if self.plan.mode == "sequential" and len(rows) in self.plan.points:
+                        self._point(name, rows, points)
+                        record.save()
+            if len(rows) not in [point["edits"] for point in points]:
+                self._point(name, rows, points)
+        finally:
+            engine.become(())
+        if before is not None:
+            points[-1]["undo_exact"] = engine.fingerprints() == before
+        record.save()
+        kept.clear()
+
+    def _at_once(self, name: str, rows: list[Row], kept: _Kept) -> None:
+        together = METHODS[name].together
+        assert together is not None
+        self._progress(name, 0, len(self.plan.cases))
+        first: Row = {}
+        with _measured(first), self.engine.remembering():
+            cases = [self._case(name, edit, ()) for edit in self.plan.cases]
+            found = sparing(self.engine, together(self.engine, cases, self.settings))
+        self.engine.become((Active(found),))
+        kept.add(found)
+        rows += [self._row(edit) | {"outcome": "made", "seconds": 0.0} for edit in self.plan.cases]
+        rows[0] |= first | {"note": found.note}
+
+    def _point(self, name: str, rows: list[Row], points: list[Row]) -> None:
+        """Everything so far, under the weights of now."""
+        done = self.plan.cases[: len(rows)]
+        self._progress(f"{name}: measuring {len(done)} edits", len(done), len(self.plan.cases))
+        begun = time.perf_counter()
+        scores = self._meter.measure_all(done)
+        point: Row = {"edits": len(done), "made": sum(row["outcome"] == "made" for row in rows)}
+        point["scores"] = mean_scores([asdict(each) for each in scores])
+        point |= self._damage() | {"decode_ms": self._decode_ms(), "seconds": time.perf_counter() - begun}
+        points.append(point)
+
+    def _previous(self, rows: Sequence[Row]) -> tuple[Answered, ...]:
+        """The prompts and new answers of the edits so far."""
+        done = zip(self.plan.cases, rows, strict=False)
+        return tuple(self._answered(edit) for edit, row in done if row["outcome"] == "made")
+
+    def _answered(self, edit: Edit) -> Answered:
+        encode = self.engine.format.encode_text
+        if edit.form == "completion":
+            return tuple(encode(edit.prompt, special=True)), tuple(encode(" " + edit.new))
+        prompt = self.engine.encode([Message("user", edit.prompt)])
+        return tuple(prompt), tuple(self.engine.format.encode_continuation(prompt, edit.new))
+
+    # -------------------------------------------------------------------------------------------------- one case
+
+    def _check(self, name: str) -> None:
+        if name != AUTO and name not in METHODS:
+            raise InvalidInput(f"There is no method {name!r}.", hint=f"Choose all, auto, {', '.join(METHODS)}.")
+
+    def _proposed(self, name: str, edit: Edit, row: Row, previous: tuple[Answered, ...]) -> Adjustment | None:
+        """What a method proposes on top of the present state; None, and why, where it finds nothing."""
+        try:
+            with self.engine.remembering():
+                case = self._case(name, edit, previous)
+                if name == AUTO:
+                    limits = Limits([], [case.question], False)
+                    climbed = climb(
+                        self.engine, self.guard, case, LADDER["fix"], self.settings, limits, Phases(), lambda said: None
+                    )
+                    best = climbed.chosen or climbed.refused
+                    assert best is not None  # climb raises where nothing works
+                    found, row["method"] = best.adjustment, best.method
+                else:
+                    found = sparing(self.engine, METHODS[name].propose(self.engine, case, self.settings))
+        except (NoMendFound, Unsupported) as error:
+            row |= {"outcome": "nothing", "why": error.message}
+            return None
+        row |= {"outcome": "made", "note": found.note}
+        return found
+
+    def _case(self, name: str, edit: Edit, previous: tuple[Answered, ...]) -> Case:
+        """The edit as a method is given it. One that only takes answers away is told to take the old one away."""
+        case = case_of(self.engine, edit, previous)
+        kinds = METHODS[name].kinds if name in METHODS else ("fix",)
+        return case if "fix" in kinds else replace(case, kind="bad")
+
+    def _cases(self, name: str, done: int) -> Iterator[Edit]:
+        for number, edit in enumerate(self.plan.cases[done:], start=done):
+            self._progress(name, number, len(self.plan.cases))
+            yield edit
+
+    def _row(self, edit: Edit, scores: EditScores | None = None) -> Row:
+        return {"case": edit.label} | ({"scores": asdict(scores)} if scores is not None else {})
+
+    def _scores_of(self, edit: Edit) -> EditScores:
+        return self._meter.measure(edit)
+
+    def _damage(self) -> Row:
+        return {"kl": mean(self._kl.measure()), "perplexity_ratio": self._perplexity.ratio()}
+
+    def _cost(self, found: Adjustment, *, share: bool = True) -> Row:
+        if not share:
+            return {"sites": len(self.engine.weights.touched((Active(found),)))}
+        weights = moved(self.engine, found)
+        return {"share": weights.share, "sites": len(weights.sites)}
+
+    def _bytes(self, found: Adjustment) -> list[str]:
+        """A hash of every weight that an adjustment touches."""
+        engine = self.engine
+        views = [engine.sites.weight(site) for site in engine.weights.touched((Active(found),))]
+        with engine.gate.step():
+            return [hashlib.sha256(view.parameter.detach().cpu().numpy().tobytes()).hexdigest() for view in views]
+
+    def _decode_ms(self, tokens: int = 24) -> float:
+        """Milliseconds a token of greedy decoding, under the state of now."""
+        marks = [time.perf_counter()]
+        question = [Message("user", "Write a short story about a lighthouse.")]
+        for _ in self.engine.generate(question, Sampling(max_tokens=tokens)):
+            marks.append(time.perf_counter())
+        steps = sorted(later - earlier for earlier, later in pairwise(marks[1:]))
+        return 1000 * steps[len(steps) // 2]
+
+
+def case_of(engine: TransformersEngine, edit: Edit, previous: Sequence[Answered] = ()) -> Case:
+    """An edit as a method's case: of a completion, or of the answer that the model gives to a question now."""
+    if edit.form == "completion":
+        return completion_case(engine, edit.prompt, edit.new, subject=edit.subject, was=edit.true, previous=previous)
+    messages = [Message("user", edit.prompt)]
+    reply = engine.greedy([engine.encode(messages)], _REPLY)[0]
+    spoken = [token for token in reply if token not in engine.format.end_tokens]
+    return build_case(
+        engine,
+        messages,
+        engine.format.decode(spoken),
+        spoken,
+        kind="fix",
+        wanted=edit.new,
+        subject=edit.subject,
+        previous=previous,
+    )
+
+
+def mean_scores(rows: Sequence[Row]) -> Row:
+    """The mean of every score over those that have it."""
+    return {name: mean([row[name] for row in rows]) for name in _SHARE_OF_SCORES}
+
+
+class _Record:
+    """The run's file."""
+
+    def __init__(self, file: Path, data: Row) -> None:
+        self.file, self.data = file, data
+
+    @classmethod
+    def open(cls, file: Path, header: Row, *, resume: bool) -> _Record:
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+        if not file.exists():
+            return cls(file, {"run": header, "machine": machine})
+        if not resume:
+            raise InvalidInput(f"{file} is there already.", hint="Use --resume to go on with it, or name another file.")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            before = data["run"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{file} is not a run's file: {error!r}.", hint="Name another one.") from error
+        other = next((name for name in header if before.get(name) != header[name]), None)
+        if other is not None:
+            raise InvalidInput(
+                f"{file} holds a run whose {other} was {before.get(other)!r}, not {header[other]!r}.",
+                hint="Run with the same options, or name another file.",
+            )
+        return cls(file, data)
+
+    def rows(self, name: str) -> list[Row]:
+        rows: list[Row] = self.data.setdefault("methods", {}).setdefault(name, [])
+        return rows
+
+    def save(self) -> None:
+        write_atomically(self.file, json.dumps(self.data, indent=1, ensure_ascii=False))
+
+
+class _Kept:
+    """A sequence's adjustments on disk, so that it can be gone on with."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self._folder = file.with_suffix(".parts") / name
+        self._count = 0
+
+    def load(self, count: int) -> list[Adjustment]:
+        self._count = count
+        return [Adjustment.load(self._folder / str(number)) for number in range(count)]
+
+    def add(self, found: Adjustment) -> None:
+        found.save(self._folder / str(self._count))
+        self._count += 1
+
+    def clear(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
+            self._folder.parent.rmdir()
+
+
+class _measured:
+    """Seconds and peak memory of a block, into a row. Memory is what came on top of what the process held before."""
+
+    def __init__(self, row: Row) -> None:
+        self._row = row
+
+    def __enter__(self) -> None:
+        _forget_peak()
+        self._before, self._begun = _memory("VmRSS"), time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def __exit__(self, *_: object) -> None:
+        self._row["seconds"] = time.perf_counter() - self._begun
+        peak = _memory("VmHWM")
+        if peak is not None and self._before is not None:
+            self._row["peak_mb"] = max(0.0, peak - self._before)
+        if torch.cuda.is_available():
+            self._row["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+
+
+def _forget_peak() -> None:
+    """Let the kernel count the process's peak anew, where it can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _memory(name: str) -> float | None:
+    """A line of the process's status in MB; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+__all__ = ["POINTS", "Arena", "Mode", "Plan", "case_of", "mean_scores"]

@@ -1,0 +1,114 @@
+"""The arena on a tiny model: every mode, killed and gone on with, and its figures against ones worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from liveweight.errors import InvalidInput
+from liveweight.evaluation import Edit, EditScores
+from liveweight.evaluation.arena import Arena, Mode, Plan
+from liveweight.evaluation.arena_report import figure, markdown, summary
+from liveweight.live_model import LiveModel
+from liveweight.methods import METHODS
+from liveweight.settings import MethodSettings
+from tests.tiny_workspace import SHOUT, tiny_settings
+
+EDITS = (
+    Edit("0", "completion", "the moon is", "moon", "made", "far", ("a moon is",), ("the sun is", "a boat is"), "moon?"),
+    Edit("1", "completion", "the boat is", "boat", "old", "new", ("a boat is",), ("the sun is",), "boat?"),
+    Edit("2", "completion", "the sun is", "sun", "hot", "cold", ("a sun is",), ("the boat is",), "sun?"),
+)
+SETTINGS = MethodSettings(layer=1, max_steps=40)
+
+
+@pytest.fixture(autouse=True)
+def the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "shout", SHOUT)
+
+
+def arena(live: LiveModel, mode: Mode, methods: tuple[str, ...], cases: tuple[Edit, ...] = EDITS) -> Arena:
+    plan = Plan("tiny", cases, methods, mode, points=(1, 2))
+    return Arena(live.engine, live.guard, SETTINGS, plan, neutral=["who?", "why?"], text="a b c d e f g h")
+
+
+@pytest.mark.parametrize("mode", ["single", "sequential", "batch"])
+def test_a_run_measures_every_method_and_leaves_the_base(mode: Mode, tmp_path: Path) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        before = live.fingerprints()
+        data = arena(live, mode, ("shout", "memit")).run(tmp_path / "run.json")
+        assert live.fingerprints() == before
+        assert live.changes() == []
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == json.loads(json.dumps(data))
+    assert not (tmp_path / "run.parts").exists()
+    rows = summary(data)
+    names = [row["method"] for row in rows]
+    assert names[0] == "unedited"
+    assert {"shout", "memit"} <= set(names)
+    assert all(row["undo_exact"] for row in rows[1:] if row["made"] and row.get("undo_exact") is not None)
+    if mode == "sequential":
+        assert [row["cases"] for row in rows if row["method"] == "shout"] == [1, 2, 3]
+    table = markdown(data)
+    assert "| unedited |" in table
+    assert len(figure(data).data) > 0
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["single", "sequential"])
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_figures(mode: Mode, tmp_path: Path) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        whole = arena(live, mode, ("shout",)).run(tmp_path / "whole.json")
+        broken = arena(live, mode, ("shout",))
+
+        def die(what: str, done: int, of: int) -> None:
+            if what == "shout" and done == 2:
+                raise Killed
+
+        broken._progress = die
+        with pytest.raises(Killed):
+            broken.run(tmp_path / "broken.json")
+        assert live.engine.state == ()
+        with pytest.raises(InvalidInput, match="is there already"):
+            arena(live, mode, ("shout",)).run(tmp_path / "broken.json")
+        again = arena(live, mode, ("shout",)).run(tmp_path / "broken.json", resume=True)
+        with pytest.raises(InvalidInput, match="cases was 3, not 2"):
+            arena(live, mode, ("shout",), EDITS[:2]).run(tmp_path / "broken.json", resume=True)
+    same = ("efficacy", "paraphrase", "neighbourhood", "chat", "kl", "perplexity_ratio", "made")
+    for one, other in zip(summary(whole), summary(again), strict=True):
+        assert [one.get(name) for name in same] == pytest.approx([other.get(name) for name in same])
+
+
+def test_under_the_guard_what_was_refused_counts_as_not_edited() -> None:
+    def scores(value: float) -> dict[str, float | None]:
+        return dict.fromkeys(EditScores.__dataclass_fields__, value)
+
+    def case(passed: bool) -> dict[str, object]:
+        damage = {"kl": 0.2, "perplexity_ratio": 1.5, "share": 0.1, "seconds": 3.0, "undo_exact": True}
+        return {"outcome": "made", "guard": {"passed": passed}, "scores": scores(1.0), **damage}
+
+    failed = {"outcome": "nothing", "why": "no step did it.", "scores": scores(0.0), "seconds": 1.0}
+    data = {
+        "run": {"mode": "single", "data": "x", "cases": 3, "model": "m"},
+        "machine": {},
+        "unedited": [{"scores": scores(0.0)}, {"scores": scores(0.5)}, {"scores": scores(0.0)}],
+        "methods": {"rome": [case(True), case(False), failed]},
+    }
+    unedited, free, guarded = summary(data)
+    assert unedited["chat"] == pytest.approx(0.5 / 3)
+    assert (free["made"], free["chat"]) == (2, pytest.approx(2 / 3))
+    assert (guarded["made"], guarded["chat"]) == (1, pytest.approx((1.0 + 0.5 + 0.0) / 3))
+    assert guarded["kl"] == pytest.approx(0.2)  # of what was carried out alone
+    assert "rome found nothing in 1 of 3 cases; the first: no step did it." in markdown(data)
+
+
+def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
+    with (
+        LiveModel.load(settings=tiny_settings(tmp_path)) as live,
+        pytest.raises(InvalidInput, match="no method 'magic'"),
+    ):
+        arena(live, "single", ("magic",)).run(tmp_path / "run.json")
