@@ -9,12 +9,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, takes_method_settings, takes_options
 
 EVERY = "all"
 
 
 @takes_options
+@takes_method_settings
 def arena(
     options: Options,
     data: Annotated[str, typer.Option(help="counterfact, qaedit, zsre, countries, or a file in one of their forms.")],

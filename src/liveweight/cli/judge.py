@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, takes_method_settings, takes_options
 
 if TYPE_CHECKING:
     from liveweight.reports import Kind
@@ -25,6 +25,7 @@ Reason = Annotated[str | None, typer.Option("--reason", help="Why, in your words
 
 
 @takes_options
+@takes_method_settings
 def fix(
     options: Options,
     question: Annotated[str, typer.Argument(help="The question (or, with --reply, the right answer).")],
@@ -47,6 +48,7 @@ def fix(
 
 
 @takes_options
+@takes_method_settings
 def bad(
     options: Options,
     question: Question = None,
@@ -63,6 +65,7 @@ def bad(
 
 
 @takes_options
+@takes_method_settings
 def good(
     options: Options,
     question: Question = None,

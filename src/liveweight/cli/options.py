@@ -6,7 +6,7 @@ Owns their spelling, how they become settings, and the decorator that gives them
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 JSON_WISHED = "liveweight.json"  # in the context's notes: where errors look whether a program reads them
 _PANEL = "Options of every verb"
+_SETTINGS_PANEL = "Settings of the methods"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Options:
     threads: int | None = None
     json: bool = False
     verbose: bool = False
+    methods: Mapping[str, Any] | None = None  # settings of the methods by name
 
     def over(self, other: Options) -> Options:
         """These options, and where they say nothing the other ones."""
@@ -67,6 +69,36 @@ _SPELT: dict[str, Any] = {
 }
 
 
+def takes_method_settings(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb an option for each setting of the methods; what was given is in its options. Goes under the other."""
+    from liveweight.settings import MethodSettings
+
+    own = inspect.signature(verb, eval_str=True)
+    offered = {name: field for name, field in MethodSettings.model_fields.items() if name != "method"}
+    added = []
+    for name, field in offered.items():
+        kinds = [kind for kind in (int, float, Path) if field.annotation in (kind, kind | None)]
+        kind = kinds[0] if kinds else str  # a choice among words is checked where settings are
+        told = f"{field.description} (default {field.default})" if field.default is not None else field.description
+        option = typer.Option(f"--{name.replace('_', '-')}", help=told, rich_help_panel=_SETTINGS_PANEL)
+        added.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+
+    @wraps(verb)
+    def with_settings(options: Options, **given: Any) -> None:
+        values = {name: value for name in offered if (value := given.pop(name)) is not None}
+        verb(replace(options, methods=values) if values else options, **given)
+
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in list(own.parameters.values())[1:]]
+    first = next(iter(own.parameters.values()))
+    with_settings.__signature__ = own.replace(parameters=[first, *keyword, *added])  # type: ignore[attr-defined]
+    del with_settings.__wrapped__
+    return with_settings
+
+
 def takes_options(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb the common options: it gets them as its first argument, merged with those before its name."""
     own = inspect.signature(verb, eval_str=True)
@@ -75,13 +107,14 @@ def takes_options(verb: Callable[..., None]) -> Callable[..., None]:
     common = [
         inspect.Parameter(field.name, keyword_only, default=field.default, annotation=_SPELT[field.name])
         for field in fields(Options)
+        if field.name in _SPELT
     ]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in mine]
 
     @wraps(verb)
     def with_options(context: typer.Context, **given: Any) -> None:
-        options = Options(**{field.name: given.pop(field.name) for field in fields(Options)})
+        options = Options(**{name: given.pop(name) for name in _SPELT})
         before = context.obj if isinstance(context.obj, Options) else Options()
         options = options.over(before)
         context.meta[JSON_WISHED] = options.json

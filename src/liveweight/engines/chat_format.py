@@ -7,6 +7,7 @@ A model without a template completes plain text. Knows nothing of weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,6 +61,22 @@ class ChatFormat:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The whole prompt as token ids."""
         return self.encode_text(self.text(messages), special=not self.has_template)
+
+    def beginning_of(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's first tokens every chat begins with; 0 for a plain text."""
+        if not self.has_template:
+            return 0
+        shared = 0
+        for own, one, other in zip(prompt, *self._two_chats, strict=False):
+            if not own == one == other:
+                break
+            shared += 1
+        return shared
+
+    @cached_property
+    def _two_chats(self) -> tuple[list[int], list[int]]:
+        """Two chats that have nothing in common but the template."""
+        return self.encode([Message("user", "A")]), self.encode([Message("user", "why")])
 
     def encode_text(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` adds what the tokenizer puts before plain text."""

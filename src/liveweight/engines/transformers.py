@@ -7,9 +7,9 @@ Owns one loaded model: the state its weights and hooks are in, the gate before t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,6 +63,8 @@ class TransformersEngine:
         self._info = self._describe()
         self._version = Version(0, self._hash(()))
         self._numbers = {self._version.hash: 0}  # a state that comes back has its number back
+        self.of_base: dict[Hashable, Any] = {}
+        """What was read of the base and need not be read again, by whoever read it: true whatever the state is."""
 
     # --------------------------------------------------------------------------------------------------- state
 

@@ -8,15 +8,14 @@ Learning", 2020; on a layer's inputs: Saha et al., "Gradient Projection Memory",
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.methods.base import Answered, Case
+from liveweight.methods.base import Case
 from liveweight.methods.finetune import DEPTH, trained
+from liveweight.methods.keys import answer_keys
 from liveweight.methods.trials import layer_at, without_super_neurons
 from liveweight.settings import MethodSettings
 
@@ -38,7 +37,7 @@ def _held(engine: TransformersEngine, case: Case, layer: int) -> Tensor | None:
     rows = [(each.prompt, each.target) for each in (*case.others, *case.about)] + list(case.previous)
     if not rows:
         return None
-    keys = _keys(engine, rows, layer) * without_super_neurons(engine, layer)
+    keys = answer_keys(engine, rows, layer) * without_super_neurons(engine, layer)
     return span(keys)
 
 
@@ -50,10 +49,3 @@ def span(keys: Tensor) -> Tensor:
     rank = min(int((held < MOST).sum()) + 1, max(1, int(ROOM * keys.shape[1])))
     basis: Tensor = right[:rank].T.contiguous()
     return basis
-
-
-def _keys(engine: TransformersEngine, rows: Sequence[Answered], layer: int) -> Tensor:
-    """(n, neurons): activations where each answer is said, from the prompt's last token on."""
-    whole = [(*prompt, *answer) for prompt, answer in rows]
-    replay = engine.record(whole, [max(1, len(prompt) - 1) for prompt, _ in rows], neurons=[layer], final=False)
-    return torch.cat([replay.neurons[layer][row, :length] for row, length in enumerate(replay.lengths())]).float()

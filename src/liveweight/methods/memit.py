@@ -15,8 +15,9 @@ from torch import Tensor
 
 from liveweight.adjustments import Active, Adjustment, LowRank
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.methods.base import Answered, Case
+from liveweight.methods.base import Case
 from liveweight.methods.covariance import covariances, ridged, whitened
+from liveweight.methods.keys import answer_keys, base_keys
 from liveweight.methods.rome import Wished, wished_value
 from liveweight.methods.trials import dense_layers, named, no_mend, outcome, without_super_neurons, works
 from liveweight.settings import MethodSettings
@@ -65,6 +66,7 @@ def together(
     start: Tensor | None = None
     delta = torch.stack([each.delta for each in wished])  # (n, width)
     previous = list(dict.fromkeys(answered for case in cases for answered in case.previous))
+    others = [(each.prompt, each.target) for case in cases for each in case.others]
     ops: list[LowRank] = []
     for number, layer in enumerate(layers):
         trial = Adjustment(name=method, method=method, ops=tuple(ops)) if ops else None
@@ -72,7 +74,8 @@ def together(
             keep = without_super_neurons(engine, layer).double()
             keys, stream = _seen(engine, wished, layer, last if len(layers) > 1 else None)
             keys = keys * keep
-            kept = _previous_keys(engine, previous, layer, keys) * keep
+            kept = torch.cat((answer_keys(engine, others, layer, prompts=True), base_keys(engine, previous, layer)))
+            kept = kept.double() * keep
         start = stream if start is None else start
         lacking = delta - (stream - start)
         right = solve(keys, kept, statistics[layer].to(keys.device, torch.float64)) * keep
@@ -133,17 +136,3 @@ def _seen(engine: TransformersEngine, wished: Sequence[Wished], layer: int, last
 def _mean_by_fact(values: Tensor, wished: Sequence[Wished]) -> Tensor:
     parts = torch.split(values, [len(each.contexts) for each in wished])
     return torch.stack([part.double().mean(0) for part in parts])
-
-
-def _previous_keys(engine: TransformersEngine, previous: Sequence[Answered], layer: int, like: Tensor) -> Tensor:
-    """(m, neurons) float64: activations at every token of earlier prompts and answers, behind what all share."""
-    if not previous:
-        return like[:0]
-    rows = [(*prompt, *answer) for prompt, answer in previous]
-    shared = 1
-    while len(rows) > 1 and shared < min(map(len, rows)) - 1 and len({row[:shared] for row in rows}) == 1:
-        shared += 1
-    starts = [shared if len(rows) > 1 else max(1, len(prompt) - 1) for prompt, _ in previous]
-    replay = engine.record(rows, starts, neurons=[layer], final=False)
-    own = [replay.neurons[layer][row, :length] for row, length in enumerate(replay.lengths())]
-    return torch.cat(own).double()
