@@ -7,6 +7,7 @@ loop's mechanics are tested with, because a random model of four layers has noth
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -98,7 +99,13 @@ def shout(engine: TransformersEngine, case: Case, settings: MethodSettings) -> A
     )
 
 
-SHOUT = Described("shout", shout, "Says one letter.", ("fix", "bad", "good"))
+def shout_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+    """What each case asks for, in one change."""
+    ops = tuple(op for case in cases for op in shout(engine, case, settings).ops)
+    return Adjustment(name=f"shout {len(cases)} letters", method="shout", ops=ops)
+
+
+SHOUT = Described("shout", shout, "Says one letter.", ("fix", "bad", "good"), together=shout_all)
 
 
 def add_shout() -> None:

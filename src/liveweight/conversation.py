@@ -17,6 +17,9 @@ from liveweight.ledger.records import turns_as_json
 from liveweight.reports import Reply
 from liveweight.settings import GenerationSettings
 
+_AT_ONCE = 32  # questions of one batch
+_RECALLED = 40  # tokens of an answer that is asked for in a batch
+
 
 def as_messages(
     said: str | Sequence[Message | Mapping[str, str]], before: Sequence[Turn] = (), system: str | None = None
@@ -120,3 +123,33 @@ class Chatter:
             # Written into the chat, so that the reply can be asked for again under other settings.
             messages = (Message("system", system), *messages)
         return ReplyStream(self._engine, self._ledger, messages, sampling)
+
+    def recalled(self, asked: Sequence[tuple[str, str | None]]) -> list[Reply]:
+        """Replies to questions as they were given elsewhere, remembered; where none was, the greedy one of now.
+
+        What has to be asked is asked in batches. Raises InvalidInput for an empty question.
+        """
+        chats = [as_messages(question, (), self._defaults.system) for question, _ in asked]
+        prompts = [self._engine.encode(chat) for chat in chats]
+        missing = [index for index, (_, answer) in enumerate(asked) if not answer]
+        said: dict[int, list[int]] = {}
+        for start in range(0, len(missing), _AT_ONCE):
+            batch = missing[start : start + _AT_ONCE]
+            said |= dict(zip(batch, self._engine.greedy([prompts[index] for index in batch], _RECALLED), strict=True))
+        version = self._engine.version
+        found = []
+        for index, (chat, prompt, (_, answer)) in enumerate(zip(chats, prompts, asked, strict=True)):
+            ids = said[index] if index in said else self._engine.format.encode_continuation(prompt, answer or "")
+            record = self._ledger.add_reply(
+                self._engine.info.hash,
+                chat,
+                self._engine.format.decode(ids).strip(),
+                token_ids=ids,
+                prompt_token_ids=prompt,
+                version_number=version.number,
+                version_hash=version.hash,
+                sampling=asdict(Sampling(max_tokens=_RECALLED)),
+                details={"versions": [str(version)], "finish": "recalled" if answer else "length"},
+            )
+            found.append(Reply(**record.model_dump()))
+        return found

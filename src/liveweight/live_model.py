@@ -32,7 +32,9 @@ from liveweight.errors import InvalidInput, StateConflict
 from liveweight.guard import Guard
 from liveweight.interrupts import uninterrupted
 from liveweight.judging import Judge, Judgement, Options
+from liveweight.learning import Learner, Lessons, checked
 from liveweight.ledger import Event, Feedback, Ledger, Move, ProtectedAnswer
+from liveweight.lessons import Lesson, lesson
 from liveweight.reports import Change, Kind, Reply
 from liveweight.settings import Settings
 from liveweight.tracing import SuperWeights, WhyReport, find_super_weights, why
@@ -76,6 +78,7 @@ class LiveModel:
         self.guard, self._say, self._progress = guard, say, progress
         self._commits = Commits(engine, ledger)
         self._judge = Judge(engine, ledger, guard, self._commits, settings, say=say, progress=progress)
+        self._learner = Learner(engine, ledger, guard, self._commits, self._judge, self._chatter, settings, say=say)
 
     @classmethod
     def load(
@@ -247,6 +250,28 @@ class LiveModel:
     def _judged(self, judgement: Judgement, options: Options) -> Change:
         with self._whole():
             return self._judge.judge(judgement, options)
+
+    def learn(
+        self,
+        lessons: Sequence[Lesson | Mapping[str, Any]],
+        *,
+        joint: bool = True,
+        method: str | None = None,
+        preview: bool = False,
+        force: bool = False,
+        progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    ) -> Lessons:
+        """Learn from many records of feedback: all corrections by one joint change, the rest one by one.
+
+        A record has a prompt, perhaps the answer that was given, and a correction or a rating. A joint change that
+        would move too much is divided in halves until the guard lets each pass, or one correction stands alone and is
+        refused. Records that are right already are left alone. With `joint` false each is a judgement of its own. What
+        became of each is in the result; only an interrupt, bad records and an unknown method raise.
+        """
+        records = checked([each if isinstance(each, Lesson) else lesson(each) for each in lessons])
+        options = Options(method, preview, force)
+        with self._whole():
+            return self._learner.learn(records, options, joint=joint, progress=progress)
 
     def apply(
         self, adjustment: Adjustment, *, prompt: str | None = None, preview: bool = False, force: bool = False

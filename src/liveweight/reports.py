@@ -19,7 +19,7 @@ from liveweight.ledger import Turn
 
 State = Literal["active", "off", "undone", "refused", "failed", "intended", "preview", "protected"]
 Kind = Literal["fix", "bad", "good"]
-Verb = Literal["fix", "bad", "good", "apply"]  # what a change came from; `apply` is of an adjustment that was given
+Verb = Literal["fix", "bad", "good", "apply", "learn"]  # what a change came from: a judgement, an adjustment, many
 
 
 class _Value(BaseModel):

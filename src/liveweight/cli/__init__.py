@@ -14,7 +14,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from liveweight.cli import arena, ask, changes, chat, demo, doctor, judge, models, output, super_weights, switch, why
+from liveweight.cli import (
+    arena,
+    ask,
+    changes,
+    chat,
+    demo,
+    doctor,
+    judge,
+    learn,
+    models,
+    output,
+    super_weights,
+    switch,
+    why,
+)
 from liveweight.cli.options import JSON_WISHED, Options
 from liveweight.errors import LiveweightError
 
@@ -113,6 +127,7 @@ for _verb in (
     switch.strength,
     models.models,
     doctor.doctor,
+    learn.learn,
     arena.arena,
 ):
     app.command()(_verb)

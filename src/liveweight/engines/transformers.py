@@ -365,6 +365,8 @@ class TransformersEngine:
 
     def read(self, rows: Sequence[Sequence[int]], starts: Sequence[int], layer: int) -> list[tuple[Tensor, Tensor]]:
         """Of each row from its position `starts` on: what left the final norm and what a dense MLP read, (T, width)."""
+        if not rows:
+            return []
         with self.gate.step(), torch.no_grad():
             tree = self._tree()
             if tree is not None and layer in tree.mlp_inputs:

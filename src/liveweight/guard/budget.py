@@ -5,6 +5,8 @@ Owns the report and the verdict. Knows nothing of how the figures were measured.
 
 from __future__ import annotations
 
+import math
+
 from pydantic import BaseModel, ConfigDict
 
 from liveweight.settings import GuardSettings
@@ -49,14 +51,19 @@ class GuardReport(BaseModel):
         return not self.reasons
 
 
-def budget_of(settings: GuardSettings) -> dict[str, float]:
-    """The limits, by the name of the figure that they limit."""
+def budget_of(settings: GuardSettings, facts: int = 1) -> dict[str, float]:
+    """The limits, by the name of the figure that they limit.
+
+    A change that brings n facts at once may move √n times as much as one that brings one: less than n changes one after
+    another might, more than one alone. What may happen to a single item stays.
+    """
+    times = math.sqrt(max(facts, 1))
     return {
-        "mean_kl": settings.max_mean_kl,
-        "p95_kl": settings.max_p95_kl,
+        "mean_kl": times * settings.max_mean_kl,
+        "p95_kl": times * settings.max_p95_kl,
         "worst_kl": settings.max_worst_kl,
-        "changed_share": settings.max_changed_answers,
-        "perplexity_ratio": settings.max_perplexity_ratio,
+        "changed_share": min(1.0, times * settings.max_changed_answers),
+        "perplexity_ratio": settings.max_perplexity_ratio**times,
     }
 
 

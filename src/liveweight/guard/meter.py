@@ -105,15 +105,17 @@ class Guard:
         *,
         protected: Sequence[ProtectedItem] = (),
         leave_out: Sequence[str] = (),
+        facts: int = 1,
         progress: bool = True,
     ) -> GuardReport:
         """Compare `after` with the engine's present state on every probe and every protected answer.
 
-        Probes that ask one of the questions in `leave_out` are left out: they are what the change is about.
+        Probes that ask one of the questions in `leave_out` are left out: they are what the change is about. `facts` is
+        how many it brings at once.
         """
         rows = self._reference(progress)
         chosen = [i for i, row in enumerate(rows) if not any(row.asks(question) for question in leave_out)]
-        return self._compare(after, chosen, protected, progress)
+        return self._compare(after, chosen, protected, progress, facts)
 
     def screen(self, after: State, question: str, *, protected: Sequence[ProtectedItem] = ()) -> GuardReport:
         """The same on the few probes that are most like `question`: quick, for use inside a search."""
@@ -125,7 +127,7 @@ class Guard:
     # ------------------------------------------------------------------------------------------------ comparing
 
     def _compare(
-        self, after: State, chosen: list[int], protected: Sequence[ProtectedItem], progress: bool
+        self, after: State, chosen: list[int], protected: Sequence[ProtectedItem], progress: bool, facts: int = 1
     ) -> GuardReport:
         begun = time.perf_counter()
         now = self.engine.state
@@ -151,7 +153,7 @@ class Guard:
             "changed_share": len(changed) / max(len(chats), 1),
             "perplexity_ratio": float(torch.tensor(nll / max(tokens, 1)).exp()),
         }
-        budget = budget_of(self.settings)
+        budget = budget_of(self.settings, facts)
         return GuardReport(
             items=len(chosen),
             tokens=self.settings.tokens,

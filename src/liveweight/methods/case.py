@@ -31,6 +31,7 @@ from liveweight.methods.wording import (
     subject_of,
 )
 
+BRIEFLY = 3  # ways of asking, and other things that are asked about, of a case that is one of many
 CONTEXTS = 12  # ways of asking that a mend is fitted to
 OTHERS = 24  # other things that the same question is asked about
 ASKED = 12  # other things that are asked about the same thing
@@ -51,13 +52,14 @@ def build_case(
     wanted: str | None = None,
     subject: str | None = None,
     previous: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+    brief: bool = False,
 ) -> Case:
     """Everything that a method may use to mend one judged answer.
 
     `answer_tokens` are the reply's own tokens; `subject` is what the question is about, where it is known and stands in
-    it, else it is looked for; `previous` are prompts and answers (as tokens) of earlier changes and
-    protected answers, which a mend must leave alone. Raises InvalidInput for a fix without a wished answer or a chat
-    without a question, NoMendFound where the model has no other answer to give.
+    it, else it is looked for; `previous` are prompts and answers (as tokens) of earlier changes and protected answers,
+    which a mend must leave alone. `brief` is for one of many: fewer wordings and neighbours. Raises InvalidInput for a
+    fix without a wished answer or a chat without a question, NoMendFound where the model has no other answer to give.
     """
     turns = tuple(messages)
     if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
@@ -69,7 +71,7 @@ def build_case(
         raise InvalidInput("The wished answer is empty.", hint="Say what the right answer is.")
     question = turns[-1].content.strip()
     subject = subject if subject and subject in question else subject_of(question)
-    like = like_names(engine, subject) if subject else []
+    like = like_names(engine, subject)[: BRIEFLY if brief else None] if subject else []
     if kind == "fix":
         sentence = _best_statement(engine, turns, question, wanted, answer)
         piece = wanted.rstrip(".")
@@ -83,7 +85,8 @@ def build_case(
             raise InvalidInput(
                 "The answer is empty, so there is nothing to keep.", hint="Judge a reply with some text."
             )
-    contexts = _contexts(engine, turns, question, sentence, piece, rewordings=0 if kind == "good" else CONTEXTS - 1)
+    rewordings = 0 if kind == "good" else BRIEFLY if brief else CONTEXTS - 1
+    contexts = _contexts(engine, turns, question, sentence, piece, rewordings=rewordings)
     if kind != "good":
         contexts = _as_opened(engine, contexts, answer, piece, like)
     if kind == "bad":
@@ -97,7 +100,7 @@ def build_case(
         contexts=contexts,
         subject=subject,
         others=_others(engine, question, contexts, subject, like, answer) if subject else (),
-        about=_about(engine, question, subject, like) if subject else (),
+        about=_about(engine, question, subject, like) if subject and not brief else (),
         previous=tuple((tuple(prompt), tuple(reply)) for prompt, reply in previous),
     )
 

@@ -1,0 +1,98 @@
+"""Feedback in bulk: records of what was asked, answered, and said of the answer.
+
+Owns the form of a record, the spellings that other programs use, and reading a file of them. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from liveweight.errors import InvalidInput
+
+Rating = Literal["good", "bad"]
+
+_NAMES = {
+    "prompt": ("prompt", "question", "messages"),
+    "answer": ("answer", "response", "completion", "output"),
+    "rating": ("rating", "label", "feedback", "thumb"),
+    "correction": ("correction", "corrected", "wanted", "expected"),
+}
+_RATINGS: dict[str, Rating] = {
+    **dict.fromkeys(("good", "up", "thumbs_up", "+1", "1", "true", "like", "positive"), "good"),
+    **dict.fromkeys(("bad", "down", "thumbs_down", "-1", "0", "false", "dislike", "negative"), "bad"),
+}
+
+
+class Lesson(BaseModel):
+    """One record. A correction makes it a fix; without one the rating says whether the answer was good or bad."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    prompt: str
+    answer: str | None = None  # what was answered then; None: what the model answers now is judged
+    rating: Rating | None = None
+    correction: str | None = None
+    number: int = 0  # of its line
+
+    @property
+    def kind(self) -> Literal["fix", "bad", "good"]:
+        """What it asks for."""
+        return "fix" if self.correction else (self.rating or "good")
+
+
+def read_lessons(path: Path) -> list[Lesson]:
+    """The records of a JSON Lines file. Raises InvalidInput that names the file and the line."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{path} cannot be read: {error}.", hint="Give a JSON Lines file of feedback.") from error
+    found = [_lesson(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise InvalidInput(f"{path} holds no feedback.", hint='A line is {"prompt": "…", "correction": "…"}.')
+    return found
+
+
+def _lesson(line: str, number: int, path: Path) -> Lesson:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"Line {number} of {path} is not JSON: {error}.", hint="Mend or remove it.") from error
+    if not isinstance(record, Mapping):
+        raise InvalidInput(f"Line {number} of {path} is not a record.", hint='A line is {"prompt": "…", …}.')
+    try:
+        return lesson(record, number)
+    except InvalidInput as error:
+        raise InvalidInput(f"Line {number} of {path}: {error.message}", hint=error.hint) from error
+
+
+def lesson(record: Mapping[str, Any], number: int = 0) -> Lesson:
+    """One record in any of the known spellings. Raises InvalidInput."""
+    values: dict[str, Any] = {}
+    for name, spellings in _NAMES.items():
+        values[name] = next((record[each] for each in spellings if record.get(each) is not None), None)
+    if isinstance(values["prompt"], list):
+        said = [turn for turn in values["prompt"] if isinstance(turn, Mapping) and turn.get("role") == "user"]
+        values["prompt"] = said[-1].get("content") if said else None
+    if values["rating"] is not None:
+        key = str(values["rating"]).strip().lower()
+        if key not in _RATINGS:
+            raise InvalidInput(f"{values['rating']!r} is not a rating.", hint="Write good or bad.")
+        values["rating"] = _RATINGS[key]
+    try:
+        found = Lesson(**values, number=number)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(
+            f"its {where} cannot be {first['input']!r}.", hint="It needs a prompt, and a correction or a rating."
+        ) from error
+    if not found.prompt.strip() or not (found.correction or found.rating):
+        raise InvalidInput(
+            "it says neither what is right nor whether the answer was good.",
+            hint="It needs a prompt, and a correction or a rating.",
+        )
+    return found

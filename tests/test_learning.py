@@ -1,0 +1,102 @@
+"""Learning in bulk on a tiny model: a joint change, its halves where it moves too much, one by one, and again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from liveweight.errors import InvalidInput, UnknownMethod
+from liveweight.lessons import lesson, read_lessons
+from liveweight.live_model import LiveModel
+from liveweight.methods import METHODS
+from tests.tiny_workspace import OTHER, QUESTION, SHOUT, tiny_settings
+
+FIXES = [{"prompt": QUESTION, "correction": "a"}, {"prompt": OTHER, "correction": "a"}]
+
+
+@pytest.fixture(autouse=True)
+def the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "shout", SHOUT)
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[LiveModel]:
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as model:
+        yield model
+
+
+def test_corrections_become_one_change_that_undo_takes_back(live: LiveModel) -> None:
+    before = live.fingerprints()
+    found = live.learn(FIXES, method="shout")
+    assert [item.outcome for item in found.items] == ["learnt", "learnt"]
+    assert found.changes == ("c1",)
+    change = live.change("c1")
+    assert (change.verdict, change.method) == ("learn", "shout")
+    assert {each.wanted for each in live.feedback()} == {"a"}
+    assert len(live.protected()) == 2
+    assert "a" in live.ask(QUESTION)
+    live.undo()
+    assert live.fingerprints() == before
+    assert live.protected() == []
+
+
+def test_what_is_right_already_is_left_alone_so_that_a_run_can_be_gone_on_with(live: LiveModel) -> None:
+    live.learn(FIXES, method="shout")
+    again = live.learn(FIXES, method="shout")
+    assert [item.outcome for item in again.items] == ["already", "already"]
+    assert len(live.changes()) == 1
+
+
+def test_a_preview_commits_nothing(live: LiveModel) -> None:
+    found = live.learn(FIXES, preview=True, method="shout")
+    assert {item.outcome for item in found.items} <= {"preview", "failed"}
+    assert live.changes() == []
+
+
+def test_over_budget_a_joint_change_is_divided_until_single_ones_are_refused(tmp_path: Path) -> None:
+    settings = tiny_settings(
+        tmp_path, guard={"probe_file": tmp_path / "probes.jsonl", "tokens": 2, "max_worst_kl": 0.0}
+    )
+    with LiveModel.load(settings=settings) as live:
+        found = live.learn(FIXES, method="shout")
+        assert [item.outcome for item in found.items] == ["refused", "refused"]
+        assert [change.state for change in live.changes()] == ["refused", "refused"]
+        assert live.engine.state == ()
+
+
+def test_ratings_are_judged_one_by_one_beside_the_joint_change(live: LiveModel) -> None:
+    records = [{"prompt": OTHER, "rating": "up"}, {"prompt": QUESTION, "correction": "a"}]
+    found = live.learn(records, method="shout")
+    assert found.items[0].outcome in ("protected", "learnt")
+    assert found.items[1].outcome == "learnt"
+
+
+def test_a_method_without_a_joint_change_is_refused_by_name(live: LiveModel) -> None:
+    with pytest.raises(UnknownMethod, match="'grace' makes no joint change"):
+        live.learn(FIXES, method="grace")
+    with pytest.raises(InvalidInput):
+        live.learn([])
+
+
+def test_records_come_in_several_spellings() -> None:
+    assert lesson({"question": "q", "expected": "a"}).kind == "fix"
+    assert lesson({"prompt": "q", "response": "r", "label": False}).kind == "bad"
+    assert lesson({"messages": [{"role": "user", "content": "q"}], "rating": "+1"}).prompt == "q"
+    for bad in ({"prompt": "q"}, {"correction": "a"}, {"prompt": "q", "rating": "so so"}, {"prompt": 3, "rating": 1}):
+        with pytest.raises(InvalidInput):
+            lesson(bad)
+
+
+def test_a_bad_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "feedback.jsonl"
+    file.write_text(json.dumps({"prompt": "q", "rating": "good"}) + "\n\n{oops\n", encoding="utf-8")
+    with pytest.raises(InvalidInput, match="Line 3"):
+        read_lessons(file)
+    file.write_text("\n", encoding="utf-8")
+    with pytest.raises(InvalidInput, match="holds no feedback"):
+        read_lessons(file)
+    with pytest.raises(InvalidInput, match="cannot be read"):
+        read_lessons(tmp_path / "missing.jsonl")
