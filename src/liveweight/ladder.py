@@ -17,6 +17,7 @@ from liveweight.errors import NoMendFound, UnknownMethod, Unsupported
 from liveweight.guard import Guard, GuardReport, ProtectedItem
 from liveweight.methods import LADDER, METHODS, works
 from liveweight.methods.base import Case, CaseKind
+from liveweight.methods.tuned import settings_for
 from liveweight.reports import Attempt
 from liveweight.settings import MethodSettings
 from liveweight.tracing import find_super_weights, protect, spare
@@ -113,7 +114,7 @@ def climb(
         say(f"{name}: looking for a change")
         try:
             with phases.of("propose"):
-                adjustment = METHODS[name].propose(engine, case, settings)
+                adjustment = METHODS[name].propose(engine, case, settings_for(engine, name, settings))
                 adjustment = sparing(engine, adjustment)
         except (NoMendFound, Unsupported) as error:
             note("nothing", error.message)

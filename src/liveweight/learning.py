@@ -28,6 +28,7 @@ from liveweight.lessons import Lesson
 from liveweight.methods import METHODS, build_case, works
 from liveweight.methods.base import Case
 from liveweight.methods.trials import keyed
+from liveweight.methods.tuned import settings_for
 from liveweight.reports import Change, Reply, Report
 from liveweight.settings import Settings
 
@@ -187,12 +188,13 @@ class Learner:
         method = options.method or JOINT
         together = METHODS[method].together
         assert together is not None  # looked at before anything was asked
+        settings = settings_for(self._engine, method, self._settings.methods)
         progress(f"{method}: {len(items)} corrections", 0, len(items))
         try:
             with self._phases.of("propose"):
                 proposed = sparing(
                     self._engine,
-                    together(self._engine, [item.case for item in items], self._settings.methods),
+                    together(self._engine, [item.case for item in items], settings),
                 )
         except LiveweightError as error:
             if len(items) == 1:

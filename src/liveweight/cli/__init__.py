@@ -27,6 +27,7 @@ from liveweight.cli import (
     output,
     super_weights,
     switch,
+    tune,
     why,
 )
 from liveweight.cli.options import JSON_WISHED, Options
@@ -129,6 +130,7 @@ for _verb in (
     doctor.doctor,
     learn.learn,
     arena.arena,
+    tune.tune,
 ):
     app.command()(_verb)
 app.command("super-weights")(super_weights.super_weights)

@@ -35,6 +35,7 @@ from liveweight.ladder import AUTO, Limits, Phases, climb, sparing
 from liveweight.methods import LADDER, METHODS, Case, build_case
 from liveweight.methods.base import Answered
 from liveweight.methods.completion import completion_case
+from liveweight.methods.tuned import read_tuned, settings_for
 from liveweight.settings import MethodSettings
 
 Mode = Literal["single", "sequential", "batch"]
@@ -72,6 +73,7 @@ class Plan:
             "points": [point for point in self.points if point <= len(self.cases)] if self.mode != "single" else [],
             "seed": self.seed,
             "settings": settings.model_dump(mode="json"),
+            "tuned": read_tuned(engine),
         }
 
 
@@ -206,7 +208,7 @@ class Arena:
         first: Row = {}
         with _measured(first), self.engine.remembering():
             cases = [self._case(name, edit, ()) for edit in self.plan.cases]
-            found = sparing(self.engine, together(self.engine, cases, self.settings))
+            found = sparing(self.engine, together(self.engine, cases, self._settings_of(name)))
         self.engine.become((Active(found),))
         kept.add(found)
         rows += [self._row(edit) | {"outcome": "made", "seconds": 0.0} for edit in self.plan.cases]
@@ -255,7 +257,7 @@ class Arena:
                     assert best is not None  # climb raises where nothing works
                     found, row["method"] = best.adjustment, best.method
                 else:
-                    found = sparing(self.engine, METHODS[name].propose(self.engine, case, self.settings))
+                    found = sparing(self.engine, METHODS[name].propose(self.engine, case, self._settings_of(name)))
         except (NoMendFound, Unsupported) as error:
             row |= {"outcome": "nothing", "why": error.message}
             return None
@@ -267,6 +269,9 @@ class Arena:
         case = case_of(self.engine, edit, previous)
         kinds = METHODS[name].kinds if name in METHODS else ("fix",)
         return case if "fix" in kinds else replace(case, kind="bad")
+
+    def _settings_of(self, name: str) -> MethodSettings:
+        return settings_for(self.engine, name, self.settings)
 
     def _cases(self, name: str, done: int) -> Iterator[Edit]:
         for number, edit in enumerate(self.plan.cases[done:], start=done):

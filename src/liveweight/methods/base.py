@@ -96,4 +96,6 @@ class Described:
     summary: str
     kinds: tuple[CaseKind, ...]
     together: Together | None = None  # one change for many cases
+    tunes: tuple[str, ...] = ()  # the settings that it listens to and that are worth a search
+    depth: float | None = None  # where it works when no layer is set, from 0 to 1
     refits: bool = False  # whether it fits against `Case.broken`, and otherwise where the case says careful

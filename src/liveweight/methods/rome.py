@@ -38,8 +38,7 @@ from liveweight.methods.trials import (
 from liveweight.settings import MethodSettings
 
 DEPTH = 1 / 6  # the layer by relative depth: early, where facts about a subject are gathered
-MARGIN = 4.0  # nats by which the tokens of the answer are to lead
-CLOSE = 0.3  # of MARGIN: near enough to stop
+CLOSE = 0.3  # of the margin: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while δ is looked for
 _KL_WEIGHT = 1.0
 _STEP = 1.0  # how far δ moves a step at most, as a multiple of |W k|
@@ -161,11 +160,11 @@ def _optimised(
     """δ (width,) float64, the steps taken, and the nats by which the worst token falls short of its margin.
 
     δ is added to what `down` gives at the edit token, the first column of every row; rows behind the contexts' are
-    there for the KL term, at their last token. The loss is what the leads fall short of MARGIN (answers proper, and
+    there for the KL term, at their last token. The loss is what the leads fall short of the margin (answers proper, and
     what would not be said now) or of half of what they are now (the rest); since its least value is 0, each step has
     Polyak's length. `proper` (n,) says which predictions are of answers proper.
     """
-    largest = settings.clamp_norm * float(value.norm())
+    largest, close = settings.clamp_norm * float(value.norm()), CLOSE * settings.margin
     point = down_output(engine, layer)
     delta = torch.zeros(len(value), device=value.device, requires_grad=True)
     tokens, at = predictions.tokens, (predictions.rows, predictions.columns)
@@ -175,7 +174,7 @@ def _optimised(
         reference = engine.unembed(replay.final[quiet, last]).float().log_softmax(-1)
         leads, _ = engine.leads(replay.final[at], tokens)
         rivals = engine.rivals(replay.final[at], tokens, RIVALS)
-        goal = torch.where(proper | (leads < 0), MARGIN, leads.clamp(max=MARGIN) / 2)
+        goal = torch.where(proper | (leads < 0), settings.margin, leads.clamp(max=settings.margin) / 2)
 
     def add(values: Tensor) -> Tensor:
         return torch.cat((values[:, :1] + delta.to(values.dtype), values[:, 1:]), dim=1)
@@ -186,7 +185,7 @@ def _optimised(
         with hooked(engine, point, add):
             final = replay.run(layer)
             gap = torch.relu(goal - engine.leads(final[at], tokens, rivals)[0])
-            if float(gap.detach().max()) < CLOSE * MARGIN:
+            if float(gap.detach().max()) < close:
                 # As far as the usual rivals go. Whoever else may lead now is looked at too, from here on.
                 others = engine.rivals(final[at], tokens, 1)
                 rivals = torch.cat((rivals, others), dim=1)
@@ -198,7 +197,7 @@ def _optimised(
             losses.append(float(loss.detach()))
             if losses[-1] < least:
                 best, least, short = delta.detach().clone(), losses[-1], float(gap.detach().max())
-            if short < CLOSE * MARGIN or step == settings.max_steps or stalled(losses):
+            if short < close or step == settings.max_steps or stalled(losses):
                 break
             (gradient,) = torch.autograd.grad(loss, [delta])
         with torch.no_grad():
