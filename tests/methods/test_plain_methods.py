@@ -28,6 +28,7 @@ from liveweight.methods import (
 )
 from liveweight.methods.base import Case, CaseKind, Method
 from liveweight.methods.trials import chosen_contexts, outcome
+from liveweight.methods.values import edit_tokens, wished_values
 from liveweight.settings import MethodSettings
 from liveweight.tracing import SuperWeight, SuperWeights
 from liveweight.tracing.super_weights import FORMAT
@@ -155,7 +156,7 @@ def test_rome_writes_its_value_at_its_one_key_and_nowhere_else(subject: str | No
     found = rome.propose(engine, case, MethodSettings(layer=1, max_steps=60, clamp_norm=20))
     (op,) = found.ops
     assert isinstance(op, LowRank)
-    contexts, places = rome.edit_tokens(engine, case, chosen_contexts(case, MethodSettings()))
+    contexts, places = edit_tokens(engine, case, chosen_contexts(case, MethodSettings()))
     keys = [
         engine.trace(context.prompt, ["layers.1.mlp.neurons"]).values["layers.1.mlp.neurons"][place]
         for context, place in zip(contexts, places, strict=True)
@@ -173,10 +174,10 @@ def test_rome_writes_its_value_at_its_one_key_and_nowhere_else(subject: str | No
 def test_rome_edits_at_the_subjects_last_token_where_the_subject_is_known(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     case = tiny_case(engine, subject=SUBJECT)
-    contexts, places = rome.edit_tokens(engine, case, case.contexts)
+    contexts, places = edit_tokens(engine, case, case.contexts)
     assert contexts == case.contexts
     assert [engine.format.decode(c.prompt[: p + 1])[-3:] for c, p in zip(contexts, places, strict=True)] == ["zed"] * 3
-    _, last = rome.edit_tokens(engine, replace(case, subject="nobody"), case.contexts)
+    _, last = edit_tokens(engine, replace(case, subject="nobody"), case.contexts)
     assert list(last) == [len(context.prompt) - 1 for context in case.contexts]
 
 
@@ -238,7 +239,7 @@ def test_memit_spreads_what_is_wished_over_its_layers(tmp_path: Path, monkeypatc
         "layers.0.mlp.down.weight",
         "layers.1.mlp.down.weight",
     ]
-    wished = rome.wished_value(engine, case, 1, settings)
+    wished = wished_values(engine, [case], 1, settings)[0]
     _, before = memit._seen(engine, [wished], 1, 1)
     with engine.preview((Active(found),)):
         _, after = memit._seen(engine, [wished], 1, 1)

@@ -18,8 +18,8 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Case
 from liveweight.methods.covariance import covariances, ridged, whitened
 from liveweight.methods.keys import answer_keys, base_keys
-from liveweight.methods.rome import Wished, wished_value
 from liveweight.methods.trials import dense_layers, named, no_mend, outcome, without_super_neurons, works
+from liveweight.methods.values import Wished, wished_values
 from liveweight.settings import MethodSettings
 
 DEPTHS = (1 / 10, 1 / 6)  # the first and the last layer, by relative depth: where facts about a subject are gathered
@@ -62,7 +62,7 @@ def together(
     layers = edit_layers(engine, settings)
     last = layers[-1]
     statistics = covariances(engine, layers, settings)
-    wished = [wished_value(engine, case, last, settings) for case in cases]
+    wished = wished_values(engine, cases, last, settings)
     start: Tensor | None = None
     delta = torch.stack([each.delta for each in wished])  # (n, width)
     previous = list(dict.fromkeys(answered for case in cases for answered in case.previous))

@@ -1,0 +1,258 @@
+"""Values: what a layer's MLP is to write where a fact's subject stands, so that the model says the wished answer.
+
+Owns the search for δ, which is added to what `down` gives at the edit token, for one fact or many at once (the value
+optimisation of "Locating and Editing Factual Associations in GPT", Meng et al. 2022). The paper lets Adam raise the
+answer's likelihood; here the answer's tokens are to lead by a margin, and since the least loss is known to be 0, each
+step has Polyak's length ("Minimization of unsmooth functionals", 1969), which takes a third of the steps. Knows nothing
+of how a weight is made to write it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liveweight.engines.base import Message
+from liveweight.engines.replay import Replay
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.methods.base import Case, Context
+from liveweight.methods.trials import chosen_contexts, down_output, hooked, keyed
+from liveweight.settings import MethodSettings
+from liveweight.sites import ActivationPoint
+
+CLOSE = 0.3  # of the margin: near enough to stop
+RIVALS = 48  # tokens that each target is compared with while δ is looked for
+KL_WEIGHT = 1.0  # of what the subject is, in nats
+STEP = 1.0  # how far δ moves a step at most, as a multiple of |W k|
+_AT_ONCE = 12  # facts that are looked for together
+_WASTE = 1.5  # rows of one batch are at most so many times as long as the shortest of them
+
+
+@dataclass(frozen=True)
+class Wished:
+    """What a layer's MLP is to write at one fact's key. All in float64."""
+
+    contexts: tuple[Context, ...]  # those that the fact is edited in
+    places: tuple[int, ...]  # the edit token's absolute position in each
+    key: Tensor  # (neurons,) the mean of the activations at the edit token
+    value: Tensor  # (width,) what the MLP writes there now, W k
+    delta: Tensor  # (width,) what is to be written besides
+    steps: int
+    short: float  # nats by which the worst token falls short of its margin, with that
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence: a fact's context with its target, or its subject's essence."""
+
+    fact: int
+    tokens: tuple[int, ...]
+    place: int  # of the edit token
+    context: Context | None  # None: what the subject is should stay
+
+
+@dataclass
+class _Batch:
+    """Rows of like length, recorded from their edit tokens on."""
+
+    replay: Replay
+    facts: Tensor  # (rows,) whose δ each row gets
+    at: tuple[Tensor, Tensor]  # row and column of each prediction
+    tokens: Tensor  # (n,) what should come there
+    owner: Tensor  # (n,) whose prediction it is
+    goal: Tensor  # (n,) nats by which it should lead
+    rivals: Tensor  # (n, k)
+    quiet: tuple[Tensor, Tensor]  # row and column where an essence is predicted
+    reference: Tensor  # (m, vocabulary) log-probabilities there
+
+
+def wished_values(
+    engine: TransformersEngine, cases: Sequence[Case], layer: int, settings: MethodSettings
+) -> list[Wished]:
+    """The value change δ of each case that gives its targets when it is added at its edit token of one dense layer."""
+    return [
+        each
+        for start in range(0, len(cases), _AT_ONCE)
+        for each in _search(engine, cases[start : start + _AT_ONCE], layer, settings)
+    ]
+
+
+def edit_tokens(
+    engine: TransformersEngine, case: Case, contexts: Sequence[Context]
+) -> tuple[tuple[Context, ...], tuple[int, ...]]:
+    """The contexts to edit in, and the absolute position of the edit token in each.
+
+    It is the subject's last token where the question as asked names the subject; contexts that do not are then left
+    out, because their key would be another kind of key. Otherwise it is each prompt's last token.
+    """
+    if case.subject:
+        located = [_subject(engine, context, case.subject) for context in contexts]
+        if located[0] is not None and located[0][1] > 0:
+            kept = [
+                (context, span[1])
+                for context, span in zip(contexts, located, strict=True)
+                if span is not None and 0 < span[1] < len(context.prompt)
+            ]
+            return tuple(context for context, _ in kept), tuple(place for _, place in kept)
+    return tuple(contexts), tuple(len(context.prompt) - 1 for context in contexts)
+
+
+def _subject(engine: TransformersEngine, context: Context, subject: str) -> tuple[int, int] | None:
+    """The subject's first and last token in a context's prompt, where it is there."""
+    if context.text:
+        return engine.format.locate_text(context.text, subject, special=True)
+    if tuple(engine.encode(context.messages)) != context.prompt:
+        return None  # a prompt that was put together in another way has its tokens elsewhere
+    return engine.format.locate(context.messages, subject)
+
+
+def _essence(engine: TransformersEngine, case: Case) -> tuple[tuple[int, ...], int]:
+    """`{subject} is a` as a chat, and the subject's last token in it; nothing where the subject is not known."""
+    if not case.subject or _subject(engine, case.contexts[0], case.subject) is None:
+        return (), 0
+    messages = [Message("user", f"{case.subject} is a")]
+    span = engine.format.locate(messages, case.subject)
+    if span is None or span[1] < 1:
+        return (), 0  # a replay needs a token before the edited one
+    return tuple(engine.encode(messages)), span[1]
+
+
+def _search(engine: TransformersEngine, cases: Sequence[Case], layer: int, settings: MethodSettings) -> list[Wished]:
+    edited = [edit_tokens(engine, case, chosen_contexts(case, settings)) for case in cases]
+    rows = [
+        _Row(fact, context.prompt + keyed(context), place, context)
+        for fact, (contexts, places) in enumerate(edited)
+        for context, place in zip(contexts, places, strict=True)
+    ]
+    rows += [
+        _Row(fact, tokens, place, None)
+        for fact, case in enumerate(cases)
+        for tokens, place in [_essence(engine, case)]
+        if tokens
+    ]
+    batches, keys = [], torch.zeros(len(cases), engine.sites.neurons_of(layer), dtype=torch.float64)
+    for group in _alike(rows):
+        replay = engine.record([r.tokens for r in group], [r.place for r in group], layers=[layer], neurons=[layer])
+        batches.append(_batch(engine, replay, group, settings.margin))
+        for index, row in enumerate(group):
+            if row.context is not None:
+                keys[row.fact] += replay.neurons[layer][index, 0].double().cpu() / len(edited[row.fact][0])
+    keys = keys.to(engine.model.device)
+    values = keys @ engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double().T  # (facts, width)
+    deltas, steps, short = _descended(engine, batches, layer, values.norm(dim=1), settings)
+    return [
+        Wished(contexts, places, keys[fact], values[fact], deltas[fact].double(), int(steps[fact]), float(short[fact]))
+        for fact, (contexts, places) in enumerate(edited)
+    ]
+
+
+def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """The rows in groups of like length behind their edit tokens, so that little is padded."""
+    group: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.tokens) - row.place):
+        if group and len(row.tokens) - row.place > _WASTE * (len(group[0].tokens) - group[0].place):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _batch(engine: TransformersEngine, replay: Replay, group: Sequence[_Row], margin: float) -> _Batch:
+    """Goals: the margin for answers proper and for what would not be said now, half of their lead for the rest."""
+    device = replay.ids.device
+    wanted = [
+        (index, replay.column(index, len(row.context.prompt) - 1 + step), token, row.fact, step >= row.context.key[0])
+        for index, row in enumerate(group)
+        if row.context is not None
+        for step, token in enumerate(keyed(row.context))
+    ]
+    rows, columns, tokens, owner, proper = (
+        torch.tensor(part, device=device) for part in (zip(*wanted, strict=True) if wanted else [[]] * 5)
+    )
+    rows, columns, tokens, owner = rows.long(), columns.long(), tokens.long(), owner.long()
+    ends = [(index, len(row.tokens) - 1 - row.place) for index, row in enumerate(group) if row.context is None]
+    quiet = tuple(torch.tensor(part, device=device).long() for part in (zip(*ends, strict=True) if ends else [[]] * 2))
+    with engine.gate.step(), torch.no_grad():
+        final = replay.final[rows, columns]
+        leads = engine.leads(final, tokens)[0] if wanted else final[:, 0]
+        rivals = engine.rivals(final, tokens, RIVALS) if wanted else tokens[:, None]
+        reference = engine.unembed(replay.final[quiet]).float().log_softmax(-1)
+    goal = torch.where(proper.bool() | (leads < 0), margin, leads.clamp(max=margin) / 2)
+    facts = torch.tensor([row.fact for row in group], device=device)
+    return _Batch(replay, facts, (rows, columns), tokens, owner, goal, rivals, (quiet[0], quiet[1]), reference)
+
+
+def _descended(
+    engine: TransformersEngine, batches: Sequence[_Batch], layer: int, sizes: Tensor, settings: MethodSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each fact's δ (facts, width), the steps it took, and the nats by which its worst token falls short, (facts,).
+
+    `sizes` (facts,) are the norms of what is written now. A fact that is near enough moves no more, and batches in
+    which no fact moves are not run.
+    """
+    facts, device, close = len(sizes), sizes.device, CLOSE * settings.margin
+    sizes = sizes.float()
+    point = down_output(engine, layer)
+    deltas = torch.zeros(facts, engine.sites.width, device=device)
+    best, least = deltas.clone(), torch.full((facts,), float("inf"), device=device)
+    short, steps = least.clone(), torch.zeros(facts, dtype=torch.int64)
+    moving = torch.ones(facts, dtype=torch.bool, device=device)
+    for step in range(settings.max_steps + 1):
+        loss, worst = torch.zeros(facts, device=device), torch.zeros(facts, device=device)
+        gradient = torch.zeros_like(deltas)
+        for batch in batches:
+            if not bool(moving[batch.facts].any()):
+                continue
+            own = deltas.detach().requires_grad_()
+            each, gaps = _losses(engine, batch, layer, point, own, close)
+            (part,) = torch.autograd.grad(each.sum(), [own])
+            gradient += part
+            loss += each.detach()
+            worst = worst.scatter_reduce(0, batch.owner, gaps.detach(), "amax")
+        better = moving & (loss < least)
+        best[better], least[better], short[better] = deltas[better], loss[better], worst[better]
+        moving &= worst >= close
+        steps[moving.cpu()] = step
+        if not bool(moving.any()) or step == settings.max_steps:
+            break
+        size = gradient.norm(dim=1).clamp(min=1e-12)
+        length = torch.minimum(loss / size, STEP * sizes) * moving
+        deltas = deltas - gradient / size[:, None] * length[:, None]
+        most = settings.clamp_norm * sizes
+        deltas = deltas * (most / deltas.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
+    return best, steps, short
+
+
+def _losses(
+    engine: TransformersEngine, batch: _Batch, layer: int, point: ActivationPoint, deltas: Tensor, close: float
+) -> tuple[Tensor, Tensor]:
+    """Each fact's loss (facts,), and what each prediction falls short, (n,)."""
+    mine = deltas[batch.facts]
+
+    def add(values: Tensor) -> Tensor:
+        return torch.cat((values[:, :1] + mine[:, None].to(values.dtype), values[:, 1:]), dim=1)
+
+    with ExitStack() as held:
+        held.enter_context(hooked(engine, point, add))
+        final = batch.replay.run(layer)
+        loss = deltas.new_zeros(len(deltas))
+        gaps = batch.goal[:0]
+        if len(batch.tokens):
+            there = final[batch.at]
+            gaps = torch.relu(batch.goal - engine.leads(there, batch.tokens, batch.rivals)[0])
+            if float(gaps.detach().max()) < close:
+                # As far as the usual rivals go. Whoever else may lead now is looked at too, from here on.
+                others = engine.rivals(there, batch.tokens, 1)
+                batch.rivals = torch.cat((batch.rivals, others), dim=1)
+                gaps = torch.relu(batch.goal - engine.leads(there, batch.tokens, others)[0])
+            loss = loss.index_add(0, batch.owner, gaps)
+        if len(batch.reference):
+            live = engine.unembed(final[batch.quiet]).float().log_softmax(-1)
+            moved = (batch.reference.exp() * (batch.reference - live)).sum(-1)
+            loss = loss.index_add(0, batch.facts[batch.quiet[0]], KL_WEIGHT * moved)
+    return loss, gaps
