@@ -35,7 +35,7 @@ from liveweight.judging import Judge, Judgement, Options
 from liveweight.ledger import Event, Feedback, Ledger, Move, ProtectedAnswer
 from liveweight.reports import Change, Kind, Reply
 from liveweight.settings import Settings
-from liveweight.tracing import SuperWeights, WhyReport, find_super_weights, why
+from liveweight.tracing import Run, SuperWeights, WhyReport, find_super_weights, why
 
 Say = Callable[[str], None]
 ReplyLike = Reply | str | int  # the reply, "r3" or 3
@@ -193,6 +193,20 @@ class LiveModel:
             top=top,
             cache_dir=self.settings.cache_dir,
         )
+
+    def step(self, prompt: str | Sequence[Message | Mapping[str, str]], *, raw: bool = False) -> Run:
+        """A forward pass to stop, look into and change, for a `with` block; see `tracing.stepping`.
+
+        `prompt` is a question or a whole chat; `raw` takes it as plain text, without a chat template. Nothing of it
+        stays in the model; `apply(run.adjustment(name))` keeps what was done.
+        """
+        if raw and isinstance(prompt, str):
+            tokens, question = self.engine.format.encode_text(prompt, special=True), ""
+        else:
+            messages = as_messages(prompt, (), None)
+            tokens = self.engine.encode(messages)
+            question = next((each.content for each in reversed(messages) if each.role == "user"), "")
+        return Run(self.engine, tokens, question=question, cache_dir=self.settings.cache_dir)
 
     # ------------------------------------------------------------------------------------------------- judging
 

@@ -12,6 +12,7 @@ from liveweight.adjustments import (
     ActivationState,
     Active,
     Adjustment,
+    Affine,
     BiasRouter,
     Clamp,
     Codebook,
@@ -55,6 +56,15 @@ def test_a_gain_without_a_slope_is_a_scaled_column(name: str) -> None:
     gains, ones = torch.tensor([8.0, -3.0]), torch.ones(2)
     expect_same_function(Gain(layer=0, neurons=(5, 1), gains=gains, slopes=ones, expert=expert), sites)
     assert fold(Gain(layer=0, neurons=(5, 1), gains=gains, slopes=2 * ones, expert=expert), sites) is None
+
+
+def test_neurons_that_are_scaled_everywhere_are_scaled_columns() -> None:
+    sites = model_sites(tiny_model("llama"))
+    fields = {"site": "layers.1.mlp.neurons", "indices": torch.tensor([3, 8]), "factors": torch.tensor([-4.0, 0.5])}
+    expect_same_function(Affine(**fields, shifts=torch.zeros(2)), sites)
+    assert fold(Affine(**fields, shifts=torch.ones(2)), sites) is None
+    assert fold(Affine(**fields, shifts=torch.zeros(2), positions=(1,)), sites) is None
+    assert fold(Affine(**fields | {"site": "layers.1.resid"}, shifts=torch.zeros(2)), sites) is None
 
 
 @every_architecture

@@ -7,6 +7,7 @@ from liveweight.adjustments.footprint import first_layer
 from liveweight.adjustments.ops import (
     Ablate,
     ActivationOp,
+    Affine,
     BiasRouter,
     Clamp,
     Codebook,
@@ -33,6 +34,7 @@ __all__ = [
     "ActivationState",
     "Active",
     "Adjustment",
+    "Affine",
     "BiasRouter",
     "Clamp",
     "Codebook",

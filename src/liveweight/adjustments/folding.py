@@ -14,6 +14,7 @@ from torch import Tensor
 from liveweight.adjustments.activations import STREAM
 from liveweight.adjustments.ops import (
     Ablate,
+    Affine,
     BiasRouter,
     Clamp,
     Codebook,
@@ -49,6 +50,8 @@ def fold(op: Op, sites: ModelSites) -> tuple[WeightOp, ...] | None:
             return _constant(op, sites)
         case Ablate():
             return _orthogonal_writers(op, sites)
+        case Affine():
+            return _scaled_neurons(op, sites)
         case Clamp() | BiasRouter() | Codebook():
             return None
         case _:
@@ -68,6 +71,15 @@ def _mixed_output(op: MixHeads, sites: ModelSites) -> WeightOp:
     )  # (width, heads, head_dim)
     delta = torch.einsum("ij,wid->wjd", op.matrix - torch.eye(sites.heads), columns)
     return Dense(site=site, delta=delta.flatten(1))
+
+
+def _scaled_neurons(op: Affine, sites: ModelSites) -> tuple[WeightOp, ...] | None:
+    """Neurons that are scaled at every position, and not shifted, are scaled columns."""
+    sites.activation(op.site)
+    if not op.site.endswith(".mlp.neurons") or op.positions is not None or bool(op.shifts.any()):
+        return None
+    neurons = tuple(op.indices.tolist())
+    return (ScaleNeurons(layer=int(op.site.split(".")[1]), neurons=neurons, factors=op.factors),)
 
 
 def _constant(op: Steer, sites: ModelSites) -> tuple[WeightOp, ...] | None:

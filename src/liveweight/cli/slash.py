@@ -24,6 +24,7 @@ class Talk:
     """One running chat: the model and the reply that commands are about."""
 
     live: LiveModel
+    read: Callable[[str], str | None] = lambda prompt: None  # the next line; None at the end
     last: Reply | None = None
 
     @property
@@ -66,6 +67,12 @@ def _fix(talk: Talk, rest: str) -> None:
 
 def _why(talk: Talk, rest: str) -> None:
     output.out().print(output.why_view(talk.live.why(talk.reply, against=rest or None, top=8)))
+
+
+def _step(talk: Talk, rest: str) -> None:
+    from liveweight.cli import step
+
+    step.interact(talk.live, talk.live.step(rest or talk.reply.prompt), lambda: talk.read("step> "))
 
 
 def _changes(talk: Talk, rest: str) -> None:
@@ -123,6 +130,7 @@ COMMANDS = {
     "bad": Slash("/bad [why]", "stop giving the last answer", _bad),
     "fix": Slash("/fix TEXT", "give TEXT as the answer instead", _fix),
     "why": Slash("/why [TEXT]", "the neurons behind the last answer (rather than TEXT)", _why),
+    "step": Slash("/step [TEXT]", "step through the last answer's prompt (or through TEXT)", _step),
     "changes": Slash("/changes", "list every change", _changes),
     "show": Slash("/show ID", "a change's whole report", _show),
     "undo": Slash("/undo [ID]", "take the newest change, or that one, back for good", _undo),

@@ -360,6 +360,10 @@ class ModelSites:
         kind = self.map.norm_kind
         return Norm(f"layers.{layer}.{part}.weight", kind == "rms_plus_one", kind == "layer")
 
+    def activation_names(self) -> list[str]:
+        """Every activation site of this model, in the order in which a forward pass comes by."""
+        return list(self._activation_names())
+
     def _activation_names(self) -> Iterator[str]:
         yield "embed"
         for layer in range(self.layers):

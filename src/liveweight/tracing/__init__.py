@@ -19,6 +19,7 @@ from liveweight.tracing.neuron_labels import (
     label_neurons,
 )
 from liveweight.tracing.protection import Touch, protect, spare
+from liveweight.tracing.stepping import Edit, Ending, Entry, LensRow, Run, View
 from liveweight.tracing.super_weights import (
     SuperWeight,
     SuperWeights,
@@ -31,14 +32,20 @@ __all__ = [
     "AnswerReading",
     "AnswerToken",
     "Decoded",
+    "Edit",
+    "Ending",
+    "Entry",
+    "LensRow",
     "Neuron",
     "NeuronLabel",
     "NeuronPush",
     "Ranked",
+    "Run",
     "SuperWeight",
     "SuperWeights",
     "TokenGuess",
     "Touch",
+    "View",
     "WhyReport",
     "decode_directions",
     "find_super_weights",
