@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from liveweight import applying
+from liveweight import applying, folding
 from liveweight.adjustments import Adjustment
 from liveweight.commits import Commits
 from liveweight.conversation import Chatter, ReplyStream, as_messages
@@ -310,6 +310,7 @@ class LiveModel:
         """
         with self._whole():
             number = self._id(change)
+            self._require_not_folded(number)
             if not keep_both:
                 self._judge.require_no_conflict(number)
             return self._moved(number, to="active")
@@ -328,6 +329,28 @@ class LiveModel:
             ]
             self._commits.move([Move(number, "undone"), *back])
             return self._commits.recorded(number)
+
+    def fold(self, change: ChangeLike) -> Change:
+        """Say a change that acts while the model runs (a gain, a constant steering, …) in the weights instead.
+
+        The folded change takes its place with the same function, up to float noise, and decoding is as fast as without
+        hooks; undoing it brings the old one back. Exact for the weights as they are now. Raises Unsupported for what no
+        weight can say (a slope other than 1), InvalidInput where there is nothing to fold, StateConflict where it is
+        not on.
+        """
+        with self._whole():
+            questions = [each.question for each in self._guard.probes.chats[:3]]
+            return folding.fold(self.engine, self.ledger, self._commits, self._id(change), questions)
+
+    def _require_not_folded(self, number: int) -> None:
+        """Raises StateConflict where a change's own fold is on: it would act twice."""
+        old = self.ledger.change(number)
+        fold = None if old.replaced_by is None else self.ledger.change(old.replaced_by)
+        if fold is not None and fold.state == "active" and (fold.name, fold.method) == (old.name, old.method):
+            raise StateConflict(
+                f"{old.label} was folded into {fold.label}, which is on.",
+                hint=f"`undo {fold.label}` brings {old.label} back.",
+            )
 
     def _moved(self, change: ChangeLike, to: Any = None, strength: float | None = None) -> Change:
         with self._whole():

@@ -34,6 +34,7 @@ VERBS = [
     "off",
     "on",
     "strength",
+    "fold",
     "models",
     "super-weights",
     "doctor",

@@ -2,7 +2,7 @@
 
 from liveweight.adjustments.activations import STREAM, ActivationState
 from liveweight.adjustments.adjustment import Active, Adjustment, State, effective, state_hash
-from liveweight.adjustments.folding import fold
+from liveweight.adjustments.folding import fold, folded
 from liveweight.adjustments.footprint import first_layer
 from liveweight.adjustments.ops import (
     Ablate,
@@ -55,6 +55,7 @@ __all__ = [
     "effective",
     "first_layer",
     "fold",
+    "folded",
     "op_from",
     "state_hash",
 ]

@@ -112,6 +112,7 @@ for _verb in (
     switch.off,
     switch.on,
     switch.strength,
+    switch.fold,
     models.models,
     doctor.doctor,
 ):

@@ -104,6 +104,10 @@ def _strength(talk: Talk, rest: str) -> None:
     _line(talk.live.set_strength(_id(change), number))
 
 
+def _fold(talk: Talk, rest: str) -> None:
+    _shown(talk.live.fold(_id(rest)))
+
+
 def _history(talk: Talk, rest: str) -> None:
     for turn in talk.last.history if talk.last is not None else ():
         output.out().print(Text.assemble((f"{turn.role}: ", "bold"), turn.content))
@@ -137,6 +141,7 @@ COMMANDS = {
     "off": Slash("/off ID", "switch a change off", _off),
     "on": Slash("/on ID", "switch it on again", _on),
     "strength": Slash("/strength ID X", "weaken or amplify it", _strength),
+    "fold": Slash("/fold ID", "say a change that acts while the model runs in the weights", _fold),
     "history": Slash("/history", "this chat so far", _history),
     "new": Slash("/new", "begin a new chat", _new),
     "help": Slash("/help", "this list", _help),

@@ -10,6 +10,7 @@ from liveweight.tracing.attribution import (
     why,
 )
 from liveweight.tracing.capture import AnswerReading, Neuron, read_answer
+from liveweight.tracing.firing import Firing, read_firing
 from liveweight.tracing.neuron_labels import (
     Decoded,
     NeuronLabel,
@@ -35,6 +36,7 @@ __all__ = [
     "Edit",
     "Ending",
     "Entry",
+    "Firing",
     "LensRow",
     "Neuron",
     "NeuronLabel",
@@ -56,6 +58,7 @@ __all__ = [
     "protect",
     "rank_neurons",
     "read_answer",
+    "read_firing",
     "spare",
     "super_neurons",
     "why",
