@@ -238,6 +238,9 @@ def test_models_super_weights_and_doctor_say_what_there_is(run: Run) -> None:
     found = parsed(run("doctor", "--json"))
     assert found["problems"] == "none"
     assert found["device"] == "cpu"
+    assert list(found["one change"]) == ["a neuron's column", "rank one", "a whole matrix", "4 spare neurons"]
+    for cost in found["one change"].values():
+        assert cost["apply_ms"] > 0 and cost["apply_bytes"] > cost["undo_bytes"] > 0
     assert "one change" in run("doctor").stdout
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from liveweight.errors import InvalidInput, UnknownSite, Unsupported, UnsupportedArchitecture
 from liveweight.sites.architectures import ARCHITECTURES, Architecture, Piece
 from liveweight.sites.points import ActivationPoint
+from liveweight.sites.runtimes import require_writable
 from liveweight.sites.views import WeightView
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and whoever has a model has done it
@@ -400,9 +401,10 @@ class ModelSites:
 def model_sites(model: PreTrainedModel) -> ModelSites:
     """The sites of a loaded model.
 
-    Raises UnsupportedArchitecture when no entry of the table fits, naming what is missing, and InvalidInput when its
-    weights have not been loaded.
+    Raises UnsupportedArchitecture when no entry of the table fits, naming what is missing, Unsupported where a runtime
+    would not see or stand a write (see `runtimes.py`), and InvalidInput when its weights have not been loaded.
     """
+    require_writable(model)
     name = str(model.config.model_type)
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
