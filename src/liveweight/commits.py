@@ -51,11 +51,12 @@ class Commits:
         *,
         replaces: Sequence[int] = (),
         then: Callable[[Record], None] = lambda change: None,
+        must_move: bool = True,
     ) -> Change:
         """Write ahead, change the weights, prove it, mark it active; a Ctrl-C meanwhile waits until it is done.
 
         `then` is what belongs to the same change in the ledger. Raises NoEffect where a forward pass over what is
-        watched is bit for bit what it was.
+        watched is bit for bit what it was, unless it need not move (a change said in another way).
         """
         engine, ledger = self._engine, self._ledger
         before = probe(engine, *watched)
@@ -63,7 +64,7 @@ class Commits:
             with phases.of("commit"):
                 change = ledger.intend(proposal, replaces=replaces)
                 version = engine.become(ledger.state(self._model, intended=True))
-                if torch.equal(before, probe(engine, *watched)):
+                if must_move and torch.equal(before, probe(engine, *watched)):
                     raise self._no_effect(change, report)
                 ledger.activate(change.id, {"version": str(version)})
                 then(change)

@@ -15,6 +15,7 @@ from torch import Tensor
 from liveweight.adjustments import (
     Active,
     Adjustment,
+    Affine,
     Clamp,
     Dense,
     Entries,
@@ -129,9 +130,14 @@ def _effects(op: object) -> list[tuple[tuple[int, int], float]]:
         case ScaleNeurons() if op.expert is None:
             return [((op.layer, n), float(f) - 1.0) for n, f in zip(op.neurons, op.factors, strict=True)]
         case Gain() if op.expert is None:
-            return [((op.layer, n), float(g) - 1.0) for n, g in zip(op.neurons, op.gains, strict=True)]
+            each = zip(op.neurons, op.gains.tolist(), op.slopes.tolist(), strict=True)
+            return [((op.layer, neuron), gain - 1.0 + slope - 1.0) for neuron, gain, slope in each]
         case Clamp() if op.expert is None:
             return [((op.layer, n), 1.0) for n in op.neurons]
+        case Affine() if op.site.endswith(".mlp.neurons"):
+            layer = int(op.site.split(".")[1])
+            moves = zip(op.indices.tolist(), op.factors.tolist(), op.shifts.tolist(), strict=True)
+            return [((layer, neuron), factor - 1.0 + shift) for neuron, factor, shift in moves]
         case ReplaceNeurons() if op.expert is None:
             return [((op.layer, n), float(size)) for n, size in zip(op.neurons, op.down.norm(dim=0), strict=True)]
         case LowRank():

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from liveweight import applying
+from liveweight import applying, folding
 from liveweight.adjustments import Adjustment
 from liveweight.commits import Commits
 from liveweight.conversation import Chatter, ReplyStream, as_messages
@@ -37,7 +37,7 @@ from liveweight.ledger import Event, Feedback, Ledger, Move, ProtectedAnswer
 from liveweight.lessons import Lesson, lesson
 from liveweight.reports import Change, Kind, Reply
 from liveweight.settings import Settings
-from liveweight.tracing import SuperWeights, WhyReport, find_super_weights, why
+from liveweight.tracing import Run, SuperWeights, WhyReport, find_super_weights, why
 
 Say = Callable[[str], None]
 ReplyLike = Reply | str | int  # the reply, "r3" or 3
@@ -197,6 +197,20 @@ class LiveModel:
             cache_dir=self.settings.cache_dir,
         )
 
+    def step(self, prompt: str | Sequence[Message | Mapping[str, str]], *, raw: bool = False) -> Run:
+        """A forward pass to stop, look into and change, for a `with` block; see `tracing.stepping`.
+
+        `prompt` is a question or a whole chat; `raw` takes it as plain text, without a chat template. Nothing of it
+        stays in the model; `apply(run.adjustment(name))` keeps what was done.
+        """
+        if raw and isinstance(prompt, str):
+            tokens, question = self.engine.format.encode_text(prompt, special=True), ""
+        else:
+            messages = as_messages(prompt, (), None)
+            tokens = self.engine.encode(messages)
+            question = next((each.content for each in reversed(messages) if each.role == "user"), "")
+        return Run(self.engine, tokens, question=question, cache_dir=self.settings.cache_dir)
+
     # ------------------------------------------------------------------------------------------------- judging
 
     def fix(
@@ -321,6 +335,7 @@ class LiveModel:
         """
         with self._whole():
             number = self._id(change)
+            self._require_not_folded(number)
             if not keep_both:
                 self._judge.require_no_conflict(number)
             return self._moved(number, to="active")
@@ -339,6 +354,28 @@ class LiveModel:
             ]
             self._commits.move([Move(number, "undone"), *back])
             return self._commits.recorded(number)
+
+    def fold(self, change: ChangeLike) -> Change:
+        """Say a change that acts while the model runs (a gain, a constant steering, …) in the weights instead.
+
+        The folded change takes its place with the same function, up to float noise, and decoding is as fast as without
+        hooks; undoing it brings the old one back. Exact for the weights as they are now. Raises Unsupported for what no
+        weight can say (a slope other than 1), InvalidInput where there is nothing to fold, StateConflict where it is
+        not on.
+        """
+        with self._whole():
+            questions = [each.question for each in self._guard.probes.chats[:3]]
+            return folding.fold(self.engine, self.ledger, self._commits, self._id(change), questions)
+
+    def _require_not_folded(self, number: int) -> None:
+        """Raises StateConflict where a change's own fold is on: it would act twice."""
+        old = self.ledger.change(number)
+        fold = None if old.replaced_by is None else self.ledger.change(old.replaced_by)
+        if fold is not None and fold.state == "active" and (fold.name, fold.method) == (old.name, old.method):
+            raise StateConflict(
+                f"{old.label} was folded into {fold.label}, which is on.",
+                hint=f"`undo {fold.label}` brings {old.label} back.",
+            )
 
     def _moved(self, change: ChangeLike, to: Any = None, strength: float | None = None) -> Change:
         with self._whole():

@@ -91,6 +91,9 @@ class MethodSettings(_Group):
         default=4, ge=1, description="The most contexts of a question that a method optimises on."
     )
     max_neurons: int = Field(default=256, ge=1, description="The most neurons that select, scale and gain may change.")
+    slopes: bool = Field(
+        default=False, description="Whether gain may move slopes too, which cannot be folded into weights."
+    )
     form: Literal["unit", "path"] = Field(
         default="unit", description="Whether scale changes what neurons write or the paths between them."
     )

@@ -17,6 +17,7 @@ from liveweight.adjustments import (
     ActivationState,
     Active,
     Adjustment,
+    Affine,
     BiasRouter,
     Clamp,
     Codebook,
@@ -364,6 +365,20 @@ def test_a_codebook_replaces_what_lies_near_a_key_and_nothing_else(name: str) ->
     expect(sites, book, at_site("layers.0.resid", change))
 
 
+@every_architecture
+def test_an_affine_op_scales_and_shifts_the_entries_that_it_names(name: str) -> None:
+    indices, factors, shifts = torch.tensor([5, 2]), torch.tensor([0.0, -2.0]), torch.tensor([0.3, 0.5])
+    sites = model_sites(tiny_model(name))
+
+    def change(value: Tensor, strength: float) -> Tensor:
+        new = value.clone()
+        new[..., indices] += strength * ((factors - 1) * value[..., indices] + shifts)
+        return new
+
+    op = Affine(site="layers.1.resid", indices=indices, factors=factors, shifts=shifts)
+    expect(sites, op, at_site("layers.1.resid", change))
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_in_bfloat16_activations_keep_their_dtype(name: str) -> None:
     model = tiny_model(name, torch.bfloat16)
@@ -448,6 +463,12 @@ BAD_OPS: list[tuple[str, ActivationOp, type[Exception], str]] = [
         Codebook(site="layers.0.resid", keys=torch.ones(2, 3), radii=torch.ones(2), entries=torch.ones(2, 3)),
         InvalidInput,
         "3 entries",
+    ),
+    (
+        "llama",
+        Affine(site="embed", indices=torch.tensor([WIDTH]), factors=torch.ones(1), shifts=torch.ones(1)),
+        InvalidInput,
+        "no entry 24",
     ),
     ("mixtral", BiasRouter(layer=0, bias=torch.ones(4)), InvalidInput, "4 entries.*5"),
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from liveweight.adjustments import (
@@ -12,6 +14,7 @@ from liveweight.adjustments import (
     ActivationState,
     Active,
     Adjustment,
+    Affine,
     BiasRouter,
     Clamp,
     Codebook,
@@ -22,10 +25,11 @@ from liveweight.adjustments import (
     Steer,
     WeightState,
     fold,
+    folded,
 )
-from liveweight.errors import InvalidInput, UnknownSite
+from liveweight.errors import InvalidInput, UnknownSite, Unsupported
 from liveweight.sites import ModelSites, model_sites
-from tiny_models import ARCHITECTURES, HEADS, WIDTH, logits_of, tiny_model, tiny_tokens
+from tiny_models import ARCHITECTURES, HEADS, LAYERS, WIDTH, bytes_of, logits_of, tiny_model, tiny_tokens
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -55,6 +59,73 @@ def test_a_gain_without_a_slope_is_a_scaled_column(name: str) -> None:
     gains, ones = torch.tensor([8.0, -3.0]), torch.ones(2)
     expect_same_function(Gain(layer=0, neurons=(5, 1), gains=gains, slopes=ones, expert=expert), sites)
     assert fold(Gain(layer=0, neurons=(5, 1), gains=gains, slopes=2 * ones, expert=expert), sites) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(ARCHITECTURES),
+    seed=st.integers(0, 99),
+    gains=st.dictionaries(
+        st.tuples(st.integers(0, LAYERS - 1), st.integers(0, 30)), st.floats(0, 3, width=32), min_size=1, max_size=8
+    ),
+    strength=st.sampled_from([1.0, 0.5, 2.0, -1.0]),
+    beside=st.booleans(),
+)
+def test_any_gains_without_slopes_are_the_same_logits_folded_at_any_strength_and_beside_any_other_change(
+    name: str, seed: int, gains: dict[tuple[int, int], float], strength: float, beside: bool
+) -> None:
+    sites = model_sites(tiny_model(name, seed=seed))
+    ops = tuple(
+        Gain(
+            layer=layer,
+            neurons=(neuron,),
+            gains=torch.tensor([value]),
+            slopes=torch.ones(1),
+            expert=1 if sites.experts_of(layer) else None,
+        )
+        for (layer, neuron), value in gains.items()
+    )
+    acting = Adjustment(name="gains", method="test", ops=ops)
+    down = sites.mlp_part(0, "down", 1 if sites.experts_of(0) else None)
+    dense = Dense(site=down, delta=0.1 * randn(*sites.weight(down).shape, seed=seed))
+    rest = (Active(Adjustment(name="beside", method="test", ops=(dense,))),) if beside else ()
+    weights, activations = WeightState(sites), ActivationState(sites)
+    plain = bytes_of(sites.model)
+    weights.become(rest)
+    activations.become((Active(acting, strength),))
+    wished = logits_of(sites.model, tiny_tokens())
+    activations.become(())
+    weights.become((*rest, Active(folded(acting, sites), strength)))
+    torch.testing.assert_close(logits_of(sites.model, tiny_tokens()), wished, atol=2e-4, rtol=1e-4)
+    weights.become(())
+    assert bytes_of(sites.model) == plain
+
+
+def test_what_does_not_fold_says_which_op_and_why() -> None:
+    sites = model_sites(tiny_model("mistral"))
+    ones = torch.ones(2)
+    gain = Gain(layer=0, neurons=(5, 1), gains=ones, slopes=torch.tensor([1.0, 1.5]))
+    cases: list[tuple[Op, str]] = [
+        (gain, "slope of neuron 1 in layer 0 is 1.5"),
+        (Steer(site="layers.1.resid", vector=randn(WIDTH), positions=(2,)), "some tokens only"),
+        (Steer(site="layers.1.resid", vector=randn(WIDTH)), "no bias"),
+        (Clamp(layer=0, neurons=(1,), values=torch.ones(1)), "depends on the values"),
+    ]
+    dense = Dense(site="final_norm.weight", delta=torch.ones(WIDTH))
+    for op, why in cases:
+        with pytest.raises(Unsupported, match=f"Op 1 .*{why}"):
+            folded(Adjustment(name="it", method="test", ops=(dense, op)), sites)
+    with pytest.raises(InvalidInput, match="nothing to fold"):
+        folded(Adjustment(name="it", method="test", ops=(dense,)), sites)
+
+
+def test_neurons_that_are_scaled_everywhere_are_scaled_columns() -> None:
+    sites = model_sites(tiny_model("llama"))
+    fields = {"site": "layers.1.mlp.neurons", "indices": torch.tensor([3, 8]), "factors": torch.tensor([-4.0, 0.5])}
+    expect_same_function(Affine(**fields, shifts=torch.zeros(2)), sites)
+    assert fold(Affine(**fields, shifts=torch.ones(2)), sites) is None
+    assert fold(Affine(**fields, shifts=torch.zeros(2), positions=(1,)), sites) is None
+    assert fold(Affine(**fields | {"site": "layers.1.resid"}, shifts=torch.zeros(2)), sites) is None
 
 
 @every_architecture

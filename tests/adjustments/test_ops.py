@@ -56,6 +56,11 @@ def test_an_op_cannot_be_changed() -> None:
         ScaleNeurons(**NEURONS).layer = 3  # type: ignore[misc]
 
 
+def test_an_op_of_one_expanded_number_is_the_op_of_that_number() -> None:
+    one = torch.tensor(2.0).expand(1)
+    assert Clamp(layer=0, neurons=(1,), values=one) == Clamp(layer=0, neurons=(1,), values=torch.tensor([2.0]))
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "says"),
     [

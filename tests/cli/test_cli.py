@@ -27,12 +27,14 @@ VERBS = [
     "bad",
     "good",
     "why",
+    "step",
     "changes",
     "show",
     "undo",
     "off",
     "on",
     "strength",
+    "fold",
     "models",
     "super-weights",
     "doctor",
@@ -156,6 +158,78 @@ def test_why_shows_neurons_as_a_table_and_as_json(run: Run) -> None:
     assert "pushed it" in run("why").stdout
 
 
+def test_step_stops_edits_and_tells_the_next_token_before_and_after(run: Run, tmp_path: Path) -> None:
+    vector = tmp_path / "vector.json"
+    vector.write_text(json.dumps([1.0] * 24))
+    edits = [
+        "--set",
+        "layers.0.resid@2,3=2.5",
+        "--scale",
+        "layers.1.resid@*,*=0.5",
+        "--add",
+        f"layers.1.resid@-1,*={vector}",
+    ]
+    found = parsed(run("step", QUESTION, "--break", "layers.1.resid", *edits, "--answer", "2", "--json"))
+    assert [stop["site"] for stop in found["stops"]] == ["layers.0.resid", "layers.1.resid"]
+    assert [edit["did"].split()[0] for edit in found["edits"]] == ["set", "scaled", "a"]
+    assert found["next"]["kl"] > 0 and set(found["answer"]) == {"before", "after"}
+    assert found["change"] is None
+    shown = run("step", QUESTION, "--break", "layers.1.resid", "--look", "--position", "-1").stdout
+    assert "logit lens" in shown and "next token" in shown and "with the edits" not in shown
+
+
+def test_what_was_done_in_a_step_can_be_kept_and_undone(run: Run) -> None:
+    words = ["step", QUESTION, "--break", "layers.1.resid", "--set", "*,0=30", "--keep", "--name", "louder", "--json"]
+    kept = parsed(run(*words))["change"]
+    assert (kept["label"], kept["state"], kept["method"], kept["name"]) == ("c1", "active", "step", "louder")
+    after = parsed(run("step", QUESTION, "--json"))["next"]["before"]
+    assert after == parsed(run("step", QUESTION, "--json"))["next"]["after"]
+    assert parsed(run("undo", "--json"))["state"] == "undone"
+    assert parsed(run("step", QUESTION, "--json"))["next"]["before"] != after
+
+
+def test_a_stepped_run_takes_commands_from_a_pipe_and_goes_on_after_an_error(run: Run) -> None:
+    lines = ["n", "look", "lens -1", "set 1,2=3", "scale layers.1.mlp.neurons@*,4=0.5", "clamp 3=1", "edits", "undo"]
+    lines += [
+        "until layers.0.resid",
+        "set nothing",
+        "dance",
+        "lens x",
+        "go",
+        "answer 2",
+        "keep quiet",
+        "restart",
+        "sites resid",
+    ]
+    result = run("step", QUESTION, "--break", "layers.0.attn.heads", given="\n".join([*lines, "help", "q", "n"]) + "\n")
+    for word in (
+        "layers.0.attn.heads",
+        "logit lens",
+        "set to 3",
+        "scaled by 0.5",
+        "taken back",
+        "with the edits",
+        "c1",
+    ):
+        assert word in result.stdout, word
+    for word in ("is behind it", "is no edit", "no command 'dance'", "not a whole number"):
+        assert word in result.stderr, word
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--set", "1,2=3"],
+        ["--break", "embed", "--break", "final.resid", "--set", "1,2=3"],
+        ["--break", "embed", "--set", "1=3"],
+        ["--break", "embed", "--add", "1,2=no/such.json"],
+        ["--break", "nowhere"],
+    ],
+)
+def test_a_step_that_cannot_be_carried_out_is_wrong_usage(run: Run, words: list[str]) -> None:
+    assert told(run("step", QUESTION, *words, "--json", code=2))["hint"]
+
+
 def test_models_super_weights_and_doctor_say_what_there_is(run: Run) -> None:
     run("ask", QUESTION)
     assert parsed(run("models", "--json"))["known"][0]["architecture"] == "llama"
@@ -164,6 +238,9 @@ def test_models_super_weights_and_doctor_say_what_there_is(run: Run) -> None:
     found = parsed(run("doctor", "--json"))
     assert found["problems"] == "none"
     assert found["device"] == "cpu"
+    assert list(found["one change"]) == ["a neuron's column", "rank one", "a whole matrix", "4 spare neurons"]
+    for cost in found["one change"].values():
+        assert cost["apply_ms"] > 0 and cost["apply_bytes"] > cost["undo_bytes"] > 0
     assert "one change" in run("doctor").stdout
 
 
@@ -207,6 +284,10 @@ def test_a_chat_with_its_slash_commands(run: Run, tmp_path: Path) -> None:
         "/fix z",  # there is no reply yet
         QUESTION,
         "/why",
+        "/step",
+        "n",
+        "lens",
+        "quit",
         "/fix z",
         QUESTION,
         "/changes",
@@ -230,7 +311,7 @@ def test_a_chat_with_its_slash_commands(run: Run, tmp_path: Path) -> None:
     result = run("chat", given="\n".join(lines) + "\n")
     for word in ("There is no reply", "is not a strength", "nothing to undo", "no command /dance"):
         assert word in result.stderr, word
-    for word in ("pushed it", "c1 active", "c1 off", "c1 undone", "/strength ID X", "user: " + QUESTION):
+    for word in ("pushed it", "logit lens", "c1 active", "c1 off", "c1 undone", "/strength ID X", "user: " + QUESTION):
         assert word in result.stdout, word
     with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
         assert [each.verdict for each in live.feedback()] == ["fix", "good", "bad"]

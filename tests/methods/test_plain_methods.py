@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liveweight.adjustments import Active, Adjustment, Dense, Gain, LowRank, ScaleNeurons, ScalePaths
+from liveweight.adjustments import Active, Adjustment, Dense, Gain, LowRank, ScaleNeurons, ScalePaths, folded
 from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, UnknownSite, Unsupported
@@ -403,6 +403,20 @@ def test_gains_move_down_what_pushed_the_answer_and_fold_into_weights(tmp_path: 
     torch.testing.assert_close(
         outcome(engine, case, folded).logprobs, outcome(engine, case, found).logprobs, atol=1e-4, rtol=1e-4
     )
+
+
+def test_slopes_move_too_where_the_settings_say_so_and_the_note_says_what_fired(tmp_path: Path) -> None:
+    engine = tiny_engine("gpt2", tmp_path)
+    case = tiny_case(engine, "bad")
+    found = gain.propose(engine, case, MethodSettings(max_neurons=30, slopes=True))
+    gains = [op for op in found.ops if isinstance(op, Gain)]
+    assert sum(len(op.neurons) for op in gains) <= 30
+    assert any(bool((op.slopes != 1).any()) for op in gains)
+    assert all(0.25 <= float(slope) <= 4 for op in gains for slope in op.slopes)
+    assert "slopes of" in found.note and "fired" in found.note
+    assert outcome(engine, case, found).removes
+    with pytest.raises(Unsupported, match="slope of neuron"):
+        folded(found, engine.sites)
 
 
 # ------------------------------------------------------------------------------------------- limits and refusals

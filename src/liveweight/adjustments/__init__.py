@@ -2,11 +2,12 @@
 
 from liveweight.adjustments.activations import STREAM, ActivationState
 from liveweight.adjustments.adjustment import Active, Adjustment, State, effective, state_hash
-from liveweight.adjustments.folding import fold
+from liveweight.adjustments.folding import fold, folded
 from liveweight.adjustments.footprint import first_layer
 from liveweight.adjustments.ops import (
     Ablate,
     ActivationOp,
+    Affine,
     BiasRouter,
     Clamp,
     Codebook,
@@ -33,6 +34,7 @@ __all__ = [
     "ActivationState",
     "Active",
     "Adjustment",
+    "Affine",
     "BiasRouter",
     "Clamp",
     "Codebook",
@@ -53,6 +55,7 @@ __all__ = [
     "effective",
     "first_layer",
     "fold",
+    "folded",
     "op_from",
     "state_hash",
 ]

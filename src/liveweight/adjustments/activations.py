@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from liveweight.adjustments.adjustment import State, effective
 from liveweight.adjustments.contributions import toward
 from liveweight.adjustments.experts import ExpertNeurons
-from liveweight.adjustments.ops import Ablate, ActivationOp, BiasRouter, Clamp, Codebook, Gain, MixHeads, Steer
+from liveweight.adjustments.ops import Ablate, ActivationOp, Affine, BiasRouter, Clamp, Codebook, Gain, MixHeads, Steer
 from liveweight.errors import InvalidInput, Unsupported
 from liveweight.sites import ActivationPoint, ModelSites
 
@@ -165,6 +165,15 @@ class ActivationState:
                 return [_on(point, lambda logits: _plus(logits, strength * op.bias))]
             case Codebook():
                 return [_on(self._point(op.site, op.keys[0]), _looked_up(op, strength))]
+            case Affine():
+                point = self.sites.activation(op.site)
+                if int(op.indices.max()) >= point.size:
+                    raise InvalidInput(
+                        f"{op.site} has no entry {int(op.indices.max())}.", hint=f"They are 0 to {point.size - 1}."
+                    )
+                if op.positions is not None:
+                    positioned.add(_layer_of(op.site, self.sites))
+                return [_on(point, self._affine(op, strength))]
             case Gain():
                 raise AssertionError("gains are joined a layer before")
             case _:
@@ -188,11 +197,7 @@ class ActivationState:
         def change(values: Tensor) -> Tensor:
             if op.when == "always" and wished is None:
                 return _plus(values, vector)
-            positions = self._here.positions
-            assert positions is not None, op.site  # the block's own hook has run
-            chosen = torch.ones_like(positions, dtype=torch.bool)
-            if wished is not None:
-                chosen = torch.isin(positions, wished.to(positions.device))
+            positions, chosen = self._at(wished)
             if op.when != "always":
                 prompt = self._here.prompt
                 if prompt is None:
@@ -202,11 +207,28 @@ class ActivationState:
                     )
                 inside = positions < prompt.to(positions.device)
                 chosen = chosen & (inside if op.when == "prompt" else ~inside)
-            rows = values.numel() // (values.shape[-1] * positions.shape[-1])
-            chosen = chosen.expand(rows, -1).reshape(*values.shape[:-1], 1)
-            return torch.where(chosen, _plus(values, vector), values)
+            return _where(chosen, _plus(values, vector), values)
 
         return change
+
+    def _affine(self, op: Affine, strength: float) -> Callable[[Tensor], Tensor]:
+        factors, shifts = toward(op.factors, strength), strength * op.shifts
+        wished = None if op.positions is None else torch.tensor(op.positions, dtype=torch.int64)
+
+        def change(values: Tensor) -> Tensor:
+            indices, times, plus = (part.to(values.device) for part in (op.indices, factors, shifts))
+            new = values.index_copy(-1, indices, (values[..., indices].float() * times + plus).to(values.dtype))
+            return new if wished is None else _where(self._at(wished)[1], new, values)
+
+        return change
+
+    def _at(self, wished: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The positions (B or 1, T) of this forward pass, and which of them are wished for; None is all."""
+        positions = self._here.positions
+        assert positions is not None  # the block's own hook has run
+        if wished is None:
+            return positions, torch.ones_like(positions, dtype=torch.bool)
+        return positions, torch.isin(positions, wished.to(positions.device))
 
     def _position_hook(self, layer: int) -> Callable[[], RemovableHandle]:
         block = self.sites.blocks[layer]
@@ -223,6 +245,12 @@ class ActivationState:
 
 def _plus(values: Tensor, vector: Tensor) -> Tensor:
     return (values.float() + vector.to(values.device)).to(values.dtype)
+
+
+def _where(chosen: Tensor, new: Tensor, values: Tensor) -> Tensor:
+    """`new` at the chosen positions (B or 1, T), `values` elsewhere; both (…, size), tokens flattened or not."""
+    rows = values.numel() // (values.shape[-1] * chosen.shape[-1])
+    return torch.where(chosen.expand(rows, -1).reshape(*values.shape[:-1], 1), new, values)
 
 
 def _clamp(op: Clamp, strength: float) -> Callable[[Tensor], Tensor]:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from liveweight.adjustments.activations import STREAM
+from liveweight.adjustments.adjustment import Adjustment
 from liveweight.adjustments.ops import (
     Ablate,
+    Affine,
     BiasRouter,
     Clamp,
     Codebook,
@@ -26,7 +28,7 @@ from liveweight.adjustments.ops import (
     Steer,
     WeightOp,
 )
-from liveweight.errors import InvalidInput
+from liveweight.errors import InvalidInput, Unsupported
 from liveweight.sites import ModelSites
 
 
@@ -49,10 +51,54 @@ def fold(op: Op, sites: ModelSites) -> tuple[WeightOp, ...] | None:
             return _constant(op, sites)
         case Ablate():
             return _orthogonal_writers(op, sites)
+        case Affine():
+            return _scaled_neurons(op, sites)
         case Clamp() | BiasRouter() | Codebook():
             return None
         case _:
             assert_never(op)
+
+
+def folded(adjustment: Adjustment, sites: ModelSites) -> Adjustment:
+    """The adjustment with every op said as weight ops.
+
+    Raises InvalidInput where all of them are already, Unsupported naming the first that no weight can say.
+    """
+    if not adjustment.activation_ops:
+        raise InvalidInput(
+            f"{adjustment.name!r} changes weights only, so there is nothing to fold.", hint="Leave it as it is."
+        )
+    ops: list[Op] = []
+    for number, op in enumerate(adjustment.ops):
+        found = fold(op, sites)
+        if found is None:
+            raise Unsupported(
+                f"Op {number} of {adjustment.name!r} ({op.kind}) cannot be said as weights: {_why_not(op, sites)}.",
+                hint="Leave it acting while the model runs.",
+                op=number,
+                kind=op.kind,
+            )
+        ops += found
+    note = f"{adjustment.note} Folded into weights.".strip()
+    return Adjustment(name=adjustment.name, method=adjustment.method, ops=tuple(ops), note=note)
+
+
+def _why_not(op: Op, sites: ModelSites) -> str:
+    match op:
+        case Gain():
+            place = int((op.slopes != 1).nonzero()[0, 0])
+            return (
+                f"the slope of neuron {op.neurons[place]} in layer {op.layer} is {float(op.slopes[place]):g}, "
+                "and only a slope of 1 is a scaled column"
+            )
+        case Steer() | Affine() if op.positions is not None or getattr(op, "when", "always") != "always":
+            return "it acts at some tokens only, and weights act at all of them"
+        case Steer():
+            return f"this {sites.architecture} model has no bias behind {op.site} to hold a constant"
+        case Ablate() if op.site == STREAM:
+            return "its embeddings are its unembedding too, or there is a norm behind what writes into the stream"
+        case _:
+            return "what it does depends on the values that come by"
 
 
 def _mixed_output(op: MixHeads, sites: ModelSites) -> WeightOp:
@@ -68,6 +114,15 @@ def _mixed_output(op: MixHeads, sites: ModelSites) -> WeightOp:
     )  # (width, heads, head_dim)
     delta = torch.einsum("ij,wid->wjd", op.matrix - torch.eye(sites.heads), columns)
     return Dense(site=site, delta=delta.flatten(1))
+
+
+def _scaled_neurons(op: Affine, sites: ModelSites) -> tuple[WeightOp, ...] | None:
+    """Neurons that are scaled at every position, and not shifted, are scaled columns."""
+    sites.activation(op.site)
+    if not op.site.endswith(".mlp.neurons") or op.positions is not None or bool(op.shifts.any()):
+        return None
+    neurons = tuple(op.indices.tolist())
+    return (ScaleNeurons(layer=int(op.site.split(".")[1]), neurons=neurons, factors=op.factors),)
 
 
 def _constant(op: Steer, sites: ModelSites) -> tuple[WeightOp, ...] | None:

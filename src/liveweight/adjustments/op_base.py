@@ -18,7 +18,9 @@ from liveweight.errors import InvalidInput
 def _as_float(value: Any) -> Tensor:
     """Own float32 CPU contiguous copy of a tensor, an array or nested lists; refuses what is not finite."""
     try:
-        tensor = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True).contiguous()
+        tensor = torch.as_tensor(value).detach().to("cpu", torch.float32)
+        # `contiguous` would leave a stride of 0 where there is one element, and its bytes could not be read.
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"not numbers: {error}") from error
     if not bool(torch.isfinite(tensor).all()):

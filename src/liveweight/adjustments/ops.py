@@ -314,8 +314,30 @@ class Codebook(OpBase):
         return self
 
 
+class Affine(OpBase):
+    """Scale and shift single entries of the values at a site: entry indices[i] becomes factors[i]·x + shifts[i].
+
+    A factor 0 sets it to the shift exactly. `indices`, `factors`, `shifts`: (n,). `positions` as in Steer; None is all.
+    """
+
+    kind: Literal["affine"] = "affine"
+    site: str
+    indices: Indices
+    factors: Numbers
+    shifts: Numbers
+    positions: tuple[Index, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_same_length(indices=self.indices, factors=self.factors, shifts=self.shifts)
+        check_no_repeats("indices", tuple(self.indices.tolist()))
+        if self.positions is not None and not self.positions:
+            raise ValueError("positions must not be empty; leave them out to mean all")
+        return self
+
+
 WeightOp = ScaleNeurons | ScalePaths | ScaleHeads | LowRank | Entries | Dense | ReplaceNeurons
-ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter | Codebook
+ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter | Codebook | Affine
 Op = WeightOp | ActivationOp
 
 _READER: TypeAdapter[Op] = TypeAdapter(Annotated[Op, Field(discriminator="kind")])

@@ -3,6 +3,9 @@
 Owns the pristine values of the regions that are changed at present, and the writing. Every change is recomputed from
 pristine values in float32, op by op in the ledger's order, then cast to the parameter's dtype. Everything is computed
 and checked before the first write. Knows nothing of when it is safe to write: the engine's gate does.
+
+On a CPU and on a GPU it is the same code. The arithmetic is done where the weight lies, so that of an op only its own
+numbers travel; the pristine values of what is changed are kept on the host, where memory is not scarce.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from liveweight.adjustments.adjustment import Active, State, effective
 from liveweight.adjustments.contributions import Contribution, contributions
 from liveweight.adjustments.ops import WeightOp
 from liveweight.errors import InvalidInput
-from liveweight.sites import ModelSites, Region
+from liveweight.sites import ModelSites, Region, require_writable
 from liveweight.sites.views import WHOLE
 
 Origin = tuple[str, int, float]  # adjustment's hash, number of the op in it, strength
@@ -28,7 +31,7 @@ _UNFINISHED: list[Origin] = [("", -1, 0.0)]  # what made a site's values is not 
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """The base's own values of a region, in the parameter's dtype."""
+    """The base's own values of a region, in the parameter's dtype, on the host."""
 
     where: Region
     values: Tensor
@@ -40,9 +43,10 @@ class _Rewrite:
 
     site: str
     where: Region  # what is written: what was changed before and what is changed now
-    values: Tensor  # in the parameter's dtype
+    values: Tensor  # in the parameter's dtype; on the host where they are the base's
     cover: _Held  # the base's values of all that is written
     keep: _Held | None  # of all that differs from the base afterwards
+    sent: int  # bytes that go to the weight's device for it, but for pristine values that were counted before
 
 
 @dataclass
@@ -51,6 +55,7 @@ class _Plan:
 
     origins: list[Origin]
     parts: list[Contribution]
+    sent: list[int]  # bytes of each part's own numbers
 
     @property
     def where(self) -> Region:
@@ -70,6 +75,8 @@ class WeightState:
         self._state: State = ()
         self._held: dict[str, _Held] = {}
         self._origins: dict[str, list[Origin]] = {}
+        self.travelled = 0
+        """Bytes handed between the host and the weights' device so far; where that is the CPU, handing over is free."""
 
     @property
     def state(self) -> State:
@@ -87,6 +94,8 @@ class WeightState:
         All or nothing: on any error the weights are as before. Raises UnknownSite, InvalidInput or Unsupported when an
         op does not fit this model, and InvalidInput when a weight would not be finite in its dtype.
         """
+        if effective(state):
+            require_writable(self.sites.model)
         plans = self._plans(state)
         try:
             rewritten = self._write(plans)
@@ -141,21 +150,30 @@ class WeightState:
                 if not isinstance(op, WeightOp):
                     continue
                 origin = (active.adjustment.hash, number, float(active.strength))
+                numbers = sum(tensor.nbytes for tensor in op.tensors().values())
                 for part in contributions(op, active.strength, self.sites, self.base):
-                    plan = plans.setdefault(part.site, _Plan([], []))
+                    plan = plans.setdefault(part.site, _Plan([], [], []))
                     plan.origins.append(origin)
                     plan.parts.append(part)
+                    plan.sent.append(numbers)
+                    numbers = 0  # an op's numbers are counted once
         return plans
 
     def _pristine(self, site: str, where: Region) -> Tensor:
-        held = self._held.get(site)
+        """The base's own values at a region, on the weight's device."""
+        held, view = self._held.get(site), self.sites.weight(site)
         if held is None:
-            return self.sites.weight(site).gather(where)
+            return view.gather(where)
         if held.where.index is None:
-            return _take(held.values, where)
-        whole = self.sites.weight(site).gather(WHOLE)
-        _put(whole, held.where, held.values)
+            return self._handed(_take(held.values, where), view.parameter.device)
+        whole = view.gather(WHOLE)
+        _put(whole, held.where, self._handed(held.values, whole.device))
         return _take(whole, where)
+
+    def _handed(self, values: Tensor, device: torch.device | str) -> Tensor:
+        """Values that go to another device; counted."""
+        self.travelled += values.nbytes
+        return values.to(device)
 
     def _write(self, plans: dict[str, _Plan]) -> list[str]:
         """Carry out all plans; the sites that were rewritten. Interrupted, a repetition with any plans is exact."""
@@ -169,6 +187,7 @@ class WeightState:
             self._held[rewrite.site] = rewrite.cover
             self._origins[rewrite.site] = _UNFINISHED
             self.sites.weight(rewrite.site).write(rewrite.values, rewrite.where)
+            self.travelled += rewrite.sent
         for rewrite in rewrites:
             if rewrite.keep is None:
                 del self._origins[rewrite.site]
@@ -182,18 +201,21 @@ class WeightState:
         held = self._held.get(site)
         if plan is None:
             assert held is not None, site  # a site without a plan is rewritten only because something is active there
-            return _Rewrite(site, held.where, held.values, held, None)
+            return _Rewrite(site, held.where, held.values, held, None, held.values.nbytes + _index_bytes(held.where))
         view = self.sites.weight(site)
         dtype = view.parameter.dtype
         now = plan.where
         where = now if held is None else now | held.where
-        pristine = self._pristine(site, where)
         before = self._origins.get(site, [])
-        if dtype in _WIDE and plan.origins[: len(before)] == before:
-            # What stands there is exactly what the first ops made of the base, since nothing was lost in a cast.
-            values = self._compute(plan.parts[len(before) :], view.gather(where), where)
+        done = len(before) if dtype in _WIDE and plan.origins[: len(before)] == before else 0
+        if held is not None and _same(held.where, where):
+            pristine = held.values  # on the host already
         else:
-            values = self._compute(plan.parts, _wide(pristine), where).to(dtype)
+            pristine = self._handed(self._pristine(site, where), "cpu")
+        # Where nothing was lost in a cast, what stands there is the base, or exactly what the first ops made of it.
+        stands = done or held is None
+        start = view.gather(where) if stands else self._handed(pristine, view.parameter.device)
+        values = self._compute(plan.parts[done:], _wide(start), where).to(dtype)
         # A NaN is both the least and the greatest, so that one pass finds every kind of value that is not finite.
         if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(values)):
             raise InvalidInput(
@@ -203,7 +225,8 @@ class WeightState:
             )
         # The same tensor twice costs no memory: nothing writes into held values.
         keep = _Held(now, pristine if now.index is None else _take_within(pristine, where, now))
-        return _Rewrite(site, where, values, _Held(where, pristine), keep)
+        sent = sum(plan.sent[done:]) + _index_bytes(where)
+        return _Rewrite(site, where, values, _Held(where, pristine), keep, sent)
 
     def _compute(self, parts: list[Contribution], values: Tensor, where: Region) -> Tensor:
         """The parts carried out on a copy of `values`, which lie at `where`."""
@@ -215,6 +238,16 @@ class WeightState:
             else:
                 _put(values, place, part.change(_take(values, place)))
         return values
+
+
+def _same(one: Region, other: Region) -> bool:
+    if one.kind != other.kind or one.index is None or other.index is None:
+        return one.kind == other.kind == "whole"
+    return torch.equal(one.index, other.index)
+
+
+def _index_bytes(where: Region) -> int:
+    return 0 if where.index is None else where.index.nbytes
 
 
 def _wide(values: Tensor) -> Tensor:

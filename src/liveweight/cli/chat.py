@@ -26,7 +26,7 @@ def chat(
     With --json each line of stdin is a turn and each reply a JSON object a line.
     """
     with session.opened(options) as live:
-        talk = slash.Talk(live)
+        talk = slash.Talk(live, lambda prompt: _read(options, prompt))
         if not options.json:
             output.progress().print("Say something; /help lists the commands, Ctrl-D leaves.", style="dim")
         while (line := _read(options)) is not None:
@@ -43,14 +43,14 @@ def chat(
                 output.progress().print(Text("\nInterrupted.", style="yellow"))
 
 
-def _read(options: Options) -> str | None:
+def _read(options: Options, prompt: str = "> ") -> str | None:
     """The next line, or None at the end."""
     interactive = sys.stdin.isatty()
     try:
         if not interactive:
             line = sys.stdin.readline()
             return line.strip() if line else None
-        return input("> " if not options.json else "").strip()
+        return input(prompt if not options.json else "").strip()
     except EOFError:
         return None
     except KeyboardInterrupt:

@@ -24,6 +24,7 @@ class Talk:
     """One running chat: the model and the reply that commands are about."""
 
     live: LiveModel
+    read: Callable[[str], str | None] = lambda prompt: None  # the next line; None at the end
     last: Reply | None = None
 
     @property
@@ -68,6 +69,12 @@ def _why(talk: Talk, rest: str) -> None:
     output.out().print(output.why_view(talk.live.why(talk.reply, against=rest or None, top=8)))
 
 
+def _step(talk: Talk, rest: str) -> None:
+    from liveweight.cli import step
+
+    step.interact(talk.live, talk.live.step(rest or talk.reply.prompt), lambda: talk.read("step> "))
+
+
 def _changes(talk: Talk, rest: str) -> None:
     output.out().print(output.changes_view(talk.live.changes()))
 
@@ -97,6 +104,10 @@ def _strength(talk: Talk, rest: str) -> None:
     _line(talk.live.set_strength(_id(change), number))
 
 
+def _fold(talk: Talk, rest: str) -> None:
+    _shown(talk.live.fold(_id(rest)))
+
+
 def _history(talk: Talk, rest: str) -> None:
     for turn in talk.last.history if talk.last is not None else ():
         output.out().print(Text.assemble((f"{turn.role}: ", "bold"), turn.content))
@@ -123,12 +134,14 @@ COMMANDS = {
     "bad": Slash("/bad [why]", "stop giving the last answer", _bad),
     "fix": Slash("/fix TEXT", "give TEXT as the answer instead", _fix),
     "why": Slash("/why [TEXT]", "the neurons behind the last answer (rather than TEXT)", _why),
+    "step": Slash("/step [TEXT]", "step through the last answer's prompt (or through TEXT)", _step),
     "changes": Slash("/changes", "list every change", _changes),
     "show": Slash("/show ID", "a change's whole report", _show),
     "undo": Slash("/undo [ID]", "take the newest change, or that one, back for good", _undo),
     "off": Slash("/off ID", "switch a change off", _off),
     "on": Slash("/on ID", "switch it on again", _on),
     "strength": Slash("/strength ID X", "weaken or amplify it", _strength),
+    "fold": Slash("/fold ID", "say a change that acts while the model runs in the weights", _fold),
     "history": Slash("/history", "this chat so far", _history),
     "new": Slash("/new", "begin a new chat", _new),
     "help": Slash("/help", "this list", _help),

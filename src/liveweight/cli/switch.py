@@ -1,4 +1,4 @@
-"""`liveweight undo`, `off`, `on` and `strength`: what can be done with a change that is there."""
+"""`liveweight undo`, `off`, `on`, `strength` and `fold`: what can be done with a change that is there."""
 
 from __future__ import annotations
 
@@ -54,6 +54,13 @@ def strength(
     """Weaken or amplify a change."""
     with session.opened(options) as live:
         _told(options, live, live.set_strength(change, value))
+
+
+@takes_options
+def fold(options: Options, change: Id) -> None:
+    """Say a change that acts while the model runs (gains, a constant steering) in the weights; undo brings it back."""
+    with session.opened(options) as live:
+        output.print_change(live.fold(change), as_json=options.json)
 
 
 def _told(options: Options, live: LiveModel, change: Change) -> None:

@@ -475,10 +475,10 @@ class TransformersEngine:
                 margin.backward()  # type: ignore[no-untyped-call]
                 value = float(margin.detach())
                 gradients = {
-                    site: (found.grad if found.grad is not None else torch.zeros_like(found))[0].float().cpu()
+                    site: _only_row(found.grad if found.grad is not None else torch.zeros_like(found))
                     for site, found in kept.items()
                 }
-            values: Mapping[str, Tensor] = {site: found.detach()[0].float().cpu() for site, found in kept.items()}
+            values: Mapping[str, Tensor] = {site: _only_row(found.detach()) for site, found in kept.items()}
         return Trace(tuple(ids), values, gradients, value, self._version)
 
     def _margin(self, final: Tensor, prompt: int, objective: Objective) -> Tensor:
@@ -496,6 +496,11 @@ class TransformersEngine:
         pair = torch.tensor([[answer[apart], against[apart]]], device=final.device)
         logits = self.unembed_tokens(final[apart : apart + 1], pair).float()[0]
         return logits[0] - logits[1]
+
+
+def _only_row(values: Tensor) -> Tensor:
+    """(T, size) in float32 on the CPU, of a batch of one; a router's logits have no batch."""
+    return (values[0] if values.dim() == 3 else values).float().cpu()
 
 
 def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:

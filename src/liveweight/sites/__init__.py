@@ -3,6 +3,7 @@
 from liveweight.sites.architectures import ARCHITECTURES, Architecture, Piece
 from liveweight.sites.model_sites import ModelSites, Norm, model_sites
 from liveweight.sites.points import ActivationPoint
+from liveweight.sites.runtimes import obstacles, require_writable
 from liveweight.sites.spare_neurons import SPARE, patchable_layers, with_spare_neurons
 from liveweight.sites.views import Region, WeightView
 
@@ -17,6 +18,8 @@ __all__ = [
     "Region",
     "WeightView",
     "model_sites",
+    "obstacles",
     "patchable_layers",
+    "require_writable",
     "with_spare_neurons",
 ]

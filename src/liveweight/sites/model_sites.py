@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from liveweight.errors import InvalidInput, UnknownSite, Unsupported, UnsupportedArchitecture
 from liveweight.sites.architectures import ARCHITECTURES, Architecture, Piece
 from liveweight.sites.points import ActivationPoint
+from liveweight.sites.runtimes import require_writable
 from liveweight.sites.views import WeightView
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and whoever has a model has done it
@@ -360,6 +361,10 @@ class ModelSites:
         kind = self.map.norm_kind
         return Norm(f"layers.{layer}.{part}.weight", kind == "rms_plus_one", kind == "layer")
 
+    def activation_names(self) -> list[str]:
+        """Every activation site of this model, in the order in which a forward pass comes by."""
+        return list(self._activation_names())
+
     def _activation_names(self) -> Iterator[str]:
         yield "embed"
         for layer in range(self.layers):
@@ -396,9 +401,10 @@ class ModelSites:
 def model_sites(model: PreTrainedModel) -> ModelSites:
     """The sites of a loaded model.
 
-    Raises UnsupportedArchitecture when no entry of the table fits, naming what is missing, and InvalidInput when its
-    weights have not been loaded.
+    Raises UnsupportedArchitecture when no entry of the table fits, naming what is missing, Unsupported where a runtime
+    would not see or stand a write (see `runtimes.py`), and InvalidInput when its weights have not been loaded.
     """
+    require_writable(model)
     name = str(model.config.model_type)
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))

@@ -1,6 +1,7 @@
 """A weight seen as (out, in), wherever and however its model stores it, and regions of it.
 
-Owns reading and writing in place. Knows nothing of what the weight is for, nor of what should be written.
+Owns reading, and where a write goes; `writing.py` carries it out. Knows nothing of what the weight is for, nor of what
+should be written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from liveweight.errors import InvalidInput, Unsupported
 from liveweight.sites.architectures import Piece
+from liveweight.sites.writing import write
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,21 +151,7 @@ class WeightView:
                 hint="The shape must be that of the region.",
             )
         native = self.native()
-        split_rows = native.shape[1] if self.piece.split == "interleaved" else 0
-        value = value.to(native.device, native.dtype)
-        with torch.no_grad():
-            if where.index is None:
-                native.copy_(value.reshape(native.shape))
-                return
-            index = where.index.to(native.device)
-            if where.kind == "columns":
-                native[..., index] = value.reshape(*native.shape[:-1], len(index))
-                return
-            rows, columns = index, None
-            if where.kind == "entries" and len(out_in) == 2:
-                rows, columns = index // out_in[1], index % out_in[1]
-            places = (rows // split_rows, rows % split_rows) if split_rows else (rows,)
-            native[places if columns is None else (*places, columns)] = value
+        write(native, where, value, head_rows=native.shape[1] if self.piece.split == "interleaved" else 0)
 
 
 def _region_shape(out_in: tuple[int, ...], where: Region) -> tuple[int, ...]:

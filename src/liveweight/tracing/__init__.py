@@ -10,6 +10,7 @@ from liveweight.tracing.attribution import (
     why,
 )
 from liveweight.tracing.capture import AnswerReading, Neuron, read_answer
+from liveweight.tracing.firing import Firing, read_firing
 from liveweight.tracing.neuron_labels import (
     Decoded,
     NeuronLabel,
@@ -19,6 +20,7 @@ from liveweight.tracing.neuron_labels import (
     label_neurons,
 )
 from liveweight.tracing.protection import Touch, protect, spare
+from liveweight.tracing.stepping import Edit, Ending, Entry, LensRow, Run, View
 from liveweight.tracing.super_weights import (
     SuperWeight,
     SuperWeights,
@@ -31,14 +33,21 @@ __all__ = [
     "AnswerReading",
     "AnswerToken",
     "Decoded",
+    "Edit",
+    "Ending",
+    "Entry",
+    "Firing",
+    "LensRow",
     "Neuron",
     "NeuronLabel",
     "NeuronPush",
     "Ranked",
+    "Run",
     "SuperWeight",
     "SuperWeights",
     "TokenGuess",
     "Touch",
+    "View",
     "WhyReport",
     "decode_directions",
     "find_super_weights",
@@ -49,6 +58,7 @@ __all__ = [
     "protect",
     "rank_neurons",
     "read_answer",
+    "read_firing",
     "spare",
     "super_neurons",
     "why",

@@ -17,6 +17,7 @@ from torch import Tensor
 from liveweight.adjustments import (
     Ablate,
     Adjustment,
+    Affine,
     Clamp,
     Dense,
     Entries,
@@ -111,6 +112,10 @@ def _effect(op: Op, weight: SuperWeight) -> tuple[float, float, float]:
             return 1.0, 0.0, abs(op.scale * float(op.vector[column])) / (abs(weight.activation) or 1e-30)
         case Ablate() if op.site == f"layers.{layer}.mlp.neurons":
             return 1.0, 0.0, float((op.direction[column] / op.direction.norm()) ** 2)
+        case Affine() if op.site == f"layers.{layer}.mlp.neurons" and column in op.indices.tolist():
+            place = op.indices.tolist().index(column)
+            shift = abs(float(op.shifts[place])) / (abs(weight.activation) or 1e-30)
+            return 1.0, 0.0, abs(float(op.factors[place]) - 1.0) + shift
         case _:
             return 1.0, 0.0, 0.0
 
@@ -135,6 +140,12 @@ def _spared(op: Op, super_weights: SuperWeights) -> Op | None:
             return _with(op, delta=_zeroed(op.delta, _columns(op.site, super_weights)))
         case Steer():
             return _with(op, vector=_zeroed(op.vector, _columns(_weight_behind(op.site), super_weights)))
+        case Affine():
+            columns = _columns(_weight_behind(op.site), super_weights)
+            keep = torch.tensor([index not in columns for index in op.indices.tolist()])
+            if bool(keep.all()):
+                return op
+            return _with(op, **{name: v[keep] for name, v in op.tensors().items()}) if bool(keep.any()) else None
         case Ablate():
             direction = _zeroed(op.direction, _columns(_weight_behind(op.site), super_weights))
             return _with(op, direction=direction) if bool(direction.any()) else None
