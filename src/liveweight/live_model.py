@@ -364,7 +364,7 @@ class LiveModel:
         not on.
         """
         with self._whole():
-            questions = [each.question for each in self._guard.probes.chats[:3]]
+            questions = [each.question for each in self.guard.probes.chats[:3]]
             return folding.fold(self.engine, self.ledger, self._commits, self._id(change), questions)
 
     def _require_not_folded(self, number: int) -> None:
