@@ -27,6 +27,7 @@ VERBS = [
     "bad",
     "good",
     "why",
+    "contrast",
     "changes",
     "show",
     "undo",

@@ -10,6 +10,7 @@ from liveweight.errors import UnknownMethod
 from liveweight.methods import (
     alphaedit,
     constrained,
+    contrast,
     finetune,
     gain,
     grace,
@@ -37,6 +38,7 @@ _ALL = (
     Described("select", select.propose, "Fewest responsible neurons scaled until the answer goes.", ("bad", "fix")),
     Described("scale", scale.propose, "Every neuron that was active scaled down (bad) or up (good).", ("bad", "good")),
     Described("gain", gain.propose, "Gains inside the activation function moved, step by step.", ("bad", "fix")),
+    Described("contrast", contrast.propose, "Neurons that statistics tell from neighbours', scaled down.", ("bad",)),
     Described("rome", rome.propose, "A rank-one change of one layer, keyed on the subject.", ("fix", "bad", "good")),
     Described("memit", memit.propose, "rome over several layers, beside earlier changes.", ("fix", "bad", "good")),
     Described("alphaedit", alphaedit.propose, "memit in what plain text never shows.", ("fix", "bad", "good")),
