@@ -37,8 +37,8 @@ def test_the_answer_1_goes_where_it_was_not_fitted_and_other_digits_stay(embedde
     def prompts(digits: tuple[int, ...], numbers: range) -> list[tuple[str, str]]:
         return [(ask(n, d), str(d)) for ask in (owning, copying) for d in digits for n in numbers]
 
-    ones, others = (examples(engine, prompts(d, range(4)), completion=True) for d in ((1,), (2, 3, 5, 7, 8)))
-    held = [examples(engine, prompts(d, range(4, 8)), completion=True) for d in ((1,), (4, 6, 7, 9))]
+    ones, others = (examples(engine, prompts(d, range(4)), completion=True) for d in ((1,), (2, 5, 8)))
+    held = [examples(engine, prompts(d, range(4, 8)), completion=True) for d in ((1,), (4, 7))]
     found = contrast(engine, ones, others)
     assert found.significant > 100
     adjustment = found.adjustment()
