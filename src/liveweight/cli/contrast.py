@@ -157,11 +157,11 @@ def volcano(found: Contrast) -> Figure:
     points(rest, "other neurons", "#b8b8b8", 4)
     for side, name, colour in (("a", found.names[0], "#c0392b"), ("b", found.names[1], "#2471a3")):
         places = np.array([each.layer * width + each.neuron for each in chosen if each.side == side], dtype=int)
-        points(places, f"write for {name}", colour, 6)
+        points(places, f"write for {name}", colour, 5)
     figure.add_hline(y=-np.log10(0.05), line_dash="dot", line_color="#888888")
     figure.update_layout(
         title=f"Neurons that tell {found.names[0]} from {found.names[1]}",
-        xaxis_title=f"effect size, Cohen's d (right: more active in {found.names[0]})",
+        xaxis_title=f"effect size, Cohen's d (right: higher in {found.names[0]})",
         yaxis_title="-log10 of the corrected p-value q",
         template="plotly_white",
     )
