@@ -35,6 +35,7 @@ from liveweight.judging import Judge, Judgement, Options
 from liveweight.learning import Learner, Lessons, checked
 from liveweight.ledger import Event, Feedback, Ledger, Move, ProtectedAnswer
 from liveweight.lessons import Lesson, lesson
+from liveweight.methods.contrast import Contrast, Given, contrast, examples, judged
 from liveweight.reports import Change, Kind, Reply
 from liveweight.settings import Settings
 from liveweight.tracing import Run, SuperWeights, WhyReport, find_super_weights, why
@@ -210,6 +211,40 @@ class LiveModel:
             tokens = self.engine.encode(messages)
             question = next((each.content for each in reversed(messages) if each.role == "user"), "")
         return Run(self.engine, tokens, question=question, cache_dir=self.settings.cache_dir)
+
+    def contrast(
+        self,
+        a: Sequence[Given] | None = None,
+        b: Sequence[Given] | None = None,
+        *,
+        names: tuple[str, str] | None = None,
+        completion: bool = False,
+    ) -> Contrast:
+        """Which neurons tell two sides of prompts apart, by statistics. Changes nothing.
+
+        A side is a list of prompts, or of pairs of prompt and answer; where the answer is left out, it is the model's
+        own. With `completion` prompts are text to go on from, not questions. Without sides, a is the replies that were
+        judged bad and b those judged good. `apply(found.adjustment())` makes a's answers go and leaves b's. Raises
+        InvalidInput where a side is missing or has too few prompts, Unsupported for models of experts.
+        """
+        if (a is None) != (b is None):
+            raise InvalidInput("Only one side is given.", hint="Give two lists, or none for the judged replies.")
+        question = None
+        if a is None or b is None:
+            sides = [judged(self.engine, self._replies_judged(verdict)) for verdict in ("bad", "good")]
+            names = names or ("bad", "good")
+        else:
+            sides = [examples(self.engine, side, completion=completion) for side in (a, b)]
+            if a and not completion:
+                question = a[0] if isinstance(a[0], str) else a[0][0]
+        return contrast(
+            self.engine, *sides, names=names or ("a", "b"), question=question, say=self._say, show=self._progress
+        )
+
+    def _replies_judged(self, verdict: str) -> list[tuple[Sequence[Message], Sequence[int]]]:
+        """Chat and tokens of the replies whose latest feedback is this."""
+        latest = {each.reply: each.verdict for each in self.feedback()}
+        return [(each.prompt, self._judge.spoken(each)) for each in self.replies() if latest.get(each.id) == verdict]
 
     # ------------------------------------------------------------------------------------------------- judging
 

@@ -28,6 +28,7 @@ VERBS = [
     "good",
     "why",
     "step",
+    "contrast",
     "changes",
     "show",
     "undo",
@@ -228,6 +229,36 @@ def test_a_stepped_run_takes_commands_from_a_pipe_and_goes_on_after_an_error(run
 )
 def test_a_step_that_cannot_be_carried_out_is_wrong_usage(run: Run, words: list[str]) -> None:
     assert told(run("step", QUESTION, *words, "--json", code=2))["hint"]
+
+
+def test_contrast_shows_its_table_first_and_commits_only_when_told(run: Run, tmp_path: Path) -> None:
+    a, b = tmp_path / "ones.txt", tmp_path / "others.jsonl"
+    a.write_text("\n".join(f"say {letter}" for letter in "abcdefgh") + "\n", encoding="utf-8")
+    lines = [{"prompt": f"tell {letter}", "answer": letter} for letter in "abcdefgh"]
+    b.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = parsed(run("contrast", str(a), str(b), "--top", "3", "--picture", str(tmp_path / "volcano"), "--json"))
+    assert found["contrast"]["names"] == ["ones", "others"]
+    assert found["contrast"]["prompts"] == [8, 8]
+    assert found["change"] is None
+    assert (tmp_path / "volcano.html").is_file()
+    shown = run("contrast", str(a), str(b), "--completion").stdout
+    assert "ones (8) against others (8)" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert parsed(run("changes", "--json")) == []
+    # A random model gives none of the answers in the file, which is said below the table.
+    failed = run("contrast", str(a), str(b), "--keep", code=2)
+    assert "ones (8) against others (8)" in failed.stdout
+    assert "none of others's answers" in failed.stderr
+
+
+def test_contrast_says_which_line_of_a_file_it_does_not_understand(run: Run, tmp_path: Path) -> None:
+    good, broken = tmp_path / "good.txt", tmp_path / "broken.jsonl"
+    good.write_text("a\nb\n", encoding="utf-8")
+    broken.write_text('{"prompt": "a"}\n{"question": "b"}\n', encoding="utf-8")
+    assert "Line 2" in told(run("contrast", str(good), str(broken), "--json", code=2))["message"]
+    assert "2 prompts" in told(run("contrast", str(good), str(good), "--json", code=2))["message"]
+    assert told(run("contrast", str(good), "--json", code=2))["code"] == "usage"
+    assert "0 prompts" in told(run("contrast", "--feedback", "--json", code=2))["message"]
 
 
 def test_models_super_weights_and_doctor_say_what_there_is(run: Run) -> None:

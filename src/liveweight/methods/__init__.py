@@ -10,6 +10,7 @@ from liveweight.errors import UnknownMethod
 from liveweight.methods import (
     alphaedit,
     constrained,
+    contrast,
     finetune,
     gain,
     grace,
@@ -114,6 +115,7 @@ _ALL = (
         _TEACH,
         tunes=("target_probability", "max_contexts"),
     ),
+    Described("contrast", contrast.propose, "Neurons that statistics tell from neighbours', scaled down.", ("bad",)),
 )
 
 METHODS: dict[str, Described] = {described.name: described for described in _ALL}

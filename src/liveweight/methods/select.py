@@ -56,8 +56,8 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
         count = _fewest(len(ranked), lambda count, factor=factor: flips(count, factor, contexts))  # type: ignore[misc]
         if count is None:
             continue
-        mildest = _mildest(factor, lambda factor, count=count: flips(count, factor, contexts))  # type: ignore[misc]
-        for chosen in (mildest, factor):
+        gentlest = mildest(factor, lambda factor, count=count: flips(count, factor, contexts))  # type: ignore[misc]
+        for chosen in (gentlest, factor):
             if flips(count, chosen, case.contexts):
                 return _proposal(case, ranked[:count], chosen)
     raise no_mend("select", case, tried or ["no neuron pushed the answer"])
@@ -101,7 +101,7 @@ def _fewest(most: int, flips: Callable[[int], bool]) -> int | None:
     return high or None
 
 
-def _mildest(factor: float, flips: Callable[[float], bool]) -> float:
+def mildest(factor: float, flips: Callable[[float], bool]) -> float:
     """The factor nearest to 1 that still flips, by bisection."""
     mild, strong = 1.0, factor
     for _ in range(_BISECTIONS):
