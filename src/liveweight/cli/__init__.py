@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from liveweight.cli import ask, changes, chat, demo, doctor, judge, models, output, super_weights, switch, why
+from liveweight.cli import ask, changes, chat, demo, doctor, judge, models, output, steer, super_weights, switch, why
 from liveweight.cli.options import JSON_WISHED, Options
 from liveweight.errors import LiveweightError
 
@@ -105,6 +105,7 @@ for _verb in (
     judge.bad,
     judge.good,
     why.why,
+    steer.steer,
     changes.changes,
     changes.show,
     switch.undo,

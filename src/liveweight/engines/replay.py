@@ -205,6 +205,12 @@ def _past(
     return keys_and_values(cache), seen
 
 
+def packed_paths(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Where each row's tokens lie in the one sequence that `run_whole` makes of rows."""
+    branches = Branches(model)
+    return [branches.add(row) for row in rows]
+
+
 def run_whole(
     model: PreTrainedModel,
     sites: ModelSites,

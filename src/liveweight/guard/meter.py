@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liveweight.adjustments import State, first_layer, state_hash
+from liveweight.engines.base import ScoreItem
 from liveweight.engines.replay import run_whole
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard.budget import ChangedAnswer, GuardReport, budget_of, over_budget
@@ -121,6 +122,11 @@ class Guard:
         near = {probe.id for probe in self.probes.screen(question, self.settings.screen_items)}
         chosen = [i for i, row in enumerate(rows) if row.id in near]
         return self._compare(after, chosen, protected[-8:], False)
+
+    def references(self, *, progress: bool = True) -> list[ScoreItem]:
+        """The chats with the base model's own greedy answers: what KL is measured on, for those who calibrate by it."""
+        rows = [row for row in self._reference(progress) if row.is_chat]
+        return [ScoreItem(row.tokens[: row.start], row.tokens[row.start :]) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ comparing
 

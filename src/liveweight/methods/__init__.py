@@ -20,6 +20,7 @@ from liveweight.methods import (
     rome,
     scale,
     select,
+    steer,
 )
 from liveweight.methods.base import Case, CaseKind, Context, Described, Method
 from liveweight.methods.case import build_case
@@ -44,6 +45,7 @@ _ALL = (
     Described("finetune", finetune.propose, "One layer trained on the answer alone.", ("fix", "bad", "good")),
     Described("constrained", constrained.propose, "finetune, with what is to stay held still.", ("fix", "bad", "good")),
     Described("grace", grace.propose, "A codebook at one layer; no weight moves.", ("fix", "bad", "good")),
+    Described("steer", steer.propose, "A direction added at every token; damaging, to compare with.", ("bad", "fix")),
     Described("lora", lora.propose, "PEFT's adapters on a few layers, trained on the answer.", ("fix", "bad", "good")),
 )
 
