@@ -299,9 +299,9 @@ def test_steering_by_nothing_or_by_two_things_is_refused(tmp_path: Path) -> None
 
 
 def test_as_a_method_it_takes_the_judged_answer_away(tmp_path: Path) -> None:
-    engine = tiny_engine("llama", tmp_path)
+    engine = tiny_engine("qwen2", tmp_path)
     before = engine.fingerprints()
-    case = tiny_case(engine, "bad", rank=1)
+    case = tiny_case(engine, "bad", rank=2)
     found = steer.propose(engine, case, MethodSettings())
     assert engine.fingerprints() == before and not engine.activations.hooks
     with engine.preview((Active(found),)):

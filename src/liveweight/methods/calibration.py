@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from liveweight.engines.base import ScoreItem
-from liveweight.engines.replay import packed_paths, run_whole
+from liveweight.engines.replay import packed_paths, packed_prompts, run_whole
 from liveweight.engines.transformers import TransformersEngine
 
 Measure = Literal["mean", "p95"]
@@ -76,11 +76,10 @@ class Rows:
     def run_some(self, batch: Sequence[int], layer: int, added: Tensor) -> list[Tensor]:
         """The same for some rows together. Differentiable in `added`, where gradients are on."""
         own = self.streams[layer]
-        with self.engine.gate.step():
+        rows = [self.rows[row] for row in batch]
+        with self.engine.gate.step(), self.engine.activations.prompt(self._prompts(batch)):
             inputs = [(own[row].float() + added.to(own[row].device)).to(own[row].dtype) for row in batch]
-            finals, _ = run_whole(
-                self.engine.model, self.engine.sites, [self.rows[row] for row in batch], layer=layer + 1, inputs=inputs
-            )
+            finals, _ = run_whole(self.engine.model, self.engine.sites, rows, layer=layer + 1, inputs=inputs)
         return [self._said(row, final) for row, final in zip(batch, finals, strict=True)]
 
     def kl(self, layer: int, added: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class Rows:
     def _first_run(self, batch: Sequence[int], layers: Sequence[int]) -> list[Tensor]:
         engine, rows = self.engine, [self.rows[row] for row in batch]
         packed: dict[int, Tensor] = {}
-        with engine.gate.step(), torch.no_grad():
+        with engine.gate.step(), engine.activations.prompt(self._prompts(batch)), torch.no_grad():
             hooks = [
                 engine.sites.activation(f"layers.{layer}.resid").on(
                     lambda value, layer=layer: packed.__setitem__(layer, value[0])  # type: ignore[misc]
@@ -122,6 +121,10 @@ class Rows:
             for row, path in zip(batch, packed_paths(engine.model, rows), strict=True):
                 self.streams[layer][row] = stream[path]
         return finals
+
+    def _prompts(self, batch: Sequence[int]) -> Tensor:
+        paths = packed_paths(self.engine.model, [self.rows[row] for row in batch])
+        return packed_prompts(paths, [len(self.items[row].prompt) for row in batch])
 
     def _batches(self) -> Iterator[list[int]]:
         """All rows in batches of so many tokens, those that begin alike together."""

@@ -31,7 +31,7 @@ from liveweight.errors import InvalidInput, NoMendFound
 from liveweight.methods.base import Case, Context
 from liveweight.methods.calibration import Measure, Point, Rows, calibrate, kl_between, summed_up
 from liveweight.methods.contrast import Contrast, Example
-from liveweight.methods.trials import named, no_mend, outcome, parting, works
+from liveweight.methods.trials import chosen_contexts, named, no_mend, outcome, parting, works
 from liveweight.settings import MethodSettings
 
 if TYPE_CHECKING:
@@ -164,9 +164,8 @@ class Steering:
         figure.add_vline(x=self.factor, line_dash="dash", line_color="#888", row=1, col=1)
         figure.update_xaxes(title_text="factor", row=1, col=1)
         figure.update_yaxes(title_text="KL on neutral prompts (nats)", rangemode="tozero", row=1, col=1)
-        figure.update_yaxes(
-            title_text="effect (nats)", rangemode="tozero", showgrid=False, row=1, col=1, secondary_y=True
-        )
+        right = {"title_text": "effect (nats)", "rangemode": "tozero", "showgrid": False, "tickformat": ".2~f"}
+        figure.update_yaxes(**right, tickmode="auto", row=1, col=1, secondary_y=True)
         if self.layers:
             chosen = ["#2471a3" if each.layer == self.layer else "#aab7c4" for each in self.layers]
             figure.add_trace(
@@ -342,12 +341,13 @@ class Effect:
 def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
     """A direction from the judged answer to the wished one, read where they part, that mends the case.
 
-    The smallest factor that works is found at each candidate layer (or `settings.layer`), and the layer taken whose
-    change moves what is to be left alone the least. It is added at every token of everything, so the guard will mostly
-    refuse it. Raises NoMendFound where no layer's does it; UnknownSite for a layer that is not there.
+    The factor is doubled until it works, at every other candidate layer (or `settings.layer`), and the layer taken
+    whose direction moves what is to be left alone the least. It is added at every token of everything, so the guard
+    will mostly refuse it. Raises NoMendFound where no layer's does it; UnknownSite for a layer that is not there.
     """
-    layers = candidates(engine) if settings.layer is None else [settings.layer]
+    layers = candidates(engine)[::2] if settings.layer is None else [settings.layer]
     engine.sites.check_layer(layers[-1])
+    chosen = chosen_contexts(case, settings)
     parts = [
         (context, apart)
         for context in case.contexts
@@ -365,7 +365,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     vectors = directions(engine, Contrast(case.question, sides[0], sides[1], True), layers, "mean")
     alone = _spread([*_targets(case.others), *_targets(case.about)], _FEW)
     rows = Rows(engine, alone, layers) if alone else None
-    before = outcome(engine, case)
+    before = {among: outcome(engine, case, None, among) for among in {chosen, case.contexts}}
     best: tuple[float, Adjustment] | None = None
     tried: list[str] = []
     for layer in layers:
@@ -376,12 +376,12 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
             op = Steer(site=f"layers.{layer}.resid", vector=vectors[layer], scale=factor)
             note = f"Layer {layer}, {share:.2f} of the stream's length, at every token."
             found = Adjustment(name=named("steer", case), method="steer", ops=(op,), note=note)
-            if works(case, outcome(engine, case, found), before):
+            if all(works(case, outcome(engine, case, found, each), before[each]) for each in (chosen, case.contexts)):
                 cost = float(rows.kl(layer, factor * vectors[layer]).mean()) if rows else share
                 if best is None or cost < best[0]:
                     best = (cost, found)
                 break
-            share *= 2**0.5
+            share *= 2.0
         else:
             tried.append(f"layer {layer} up to twice the stream's length")
     if best is None:
