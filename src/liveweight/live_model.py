@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from liveweight import applying, folding
-from liveweight.adjustments import Adjustment
+from liveweight.adjustments import Active, Adjustment
 from liveweight.commits import Commits
 from liveweight.conversation import Chatter, ReplyStream, as_messages
 from liveweight.engines.base import Message, Sampling, Token
@@ -29,13 +29,17 @@ from liveweight.engines.model_source import load as load_checkpoint
 from liveweight.engines.model_source import resolve
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, StateConflict
+from liveweight.evidence import answer_under
 from liveweight.guard import Guard
 from liveweight.interrupts import uninterrupted
 from liveweight.judging import Judge, Judgement, Options
 from liveweight.learning import Learner, Lessons, checked
 from liveweight.ledger import Event, Feedback, Ledger, Move, ProtectedAnswer
 from liveweight.lessons import Lesson, lesson
+from liveweight.methods.calibration import Measure
 from liveweight.methods.contrast import Contrast, Given, contrast, examples, judged
+from liveweight.methods.sides import Chat, Pair, of_pairs, of_sets, of_words, two_words
+from liveweight.methods.steer import How, Steering, steering
 from liveweight.reports import Change, Kind, Reply
 from liveweight.settings import Settings
 from liveweight.tracing import Run, SuperWeights, WhyReport, find_super_weights, why
@@ -344,6 +348,60 @@ class LiveModel:
                 say=self._say,
                 progress=self._progress,
             )
+
+    def steer(
+        self,
+        words: str | None = None,
+        *,
+        pairs: Sequence[Pair] | None = None,
+        toward: Sequence[Chat] | None = None,
+        away: Sequence[Chat] | None = None,
+        how: How = "mean",
+        layer: int | None = None,
+        kl: float = 0.5,
+        measure: Measure = "p95",
+        name: str | None = None,
+    ) -> Steering:
+        """A steering vector with its layer and strength, found and calibrated; nothing is committed.
+
+        From two words or texts ("Love - Hate"), from pairs of (wished for, its opposite), or from two sets: each side
+        is a question or a chat, and where the model has its last word, that is the answer. The strength is the factor
+        at which the KL on the guard's questions is `kl` nats over the answers' first tokens: the mean over questions,
+        or their 95th percentile.
+        Commit it with `live.apply(steering.adjustment())`. Raises InvalidInput, UnknownSite, NoMendFound.
+        """
+        if (words is not None) + (pairs is not None) + (toward is not None or away is not None) != 1:
+            raise InvalidInput(
+                "Steering needs one thing to go by.", hint="Give two words, or pairs, or both toward and away."
+            )
+        chat = self.engine.format
+        with self._whole():
+            self._say("reading what neutral questions are answered")
+            neutral = self.guard.references(progress=self._progress)
+            if words is not None:
+                sides = of_words(chat, *two_words(words), carriers=[item.prompt for item in neutral])
+            elif pairs is not None:
+                sides = of_pairs(chat, pairs, name or "pairs")
+            else:
+                sides = of_sets(chat, toward or (), away or (), name or "two sets")
+            self._say("looking for direction, layer and strength")
+            return steering(
+                self.engine,
+                sides,
+                neutral,
+                how=how,
+                layer=layer,
+                target=kl,
+                measure=measure,
+                progress=self._progress,
+            )
+
+    def tried(self, adjustment: Adjustment, question: str) -> tuple[str, str]:
+        """The greedy answers to a question as the model is now, and with `adjustment` on top; nothing is kept."""
+        tokens = self.engine.encode([Message("user", question)])
+        states = (self.engine.state, (*self.engine.state, Active(adjustment)))
+        before, after = (answer_under(self.engine, state, tokens)[0] for state in states)
+        return before, after
 
     # ------------------------------------------------------------------------------------------------- changes
 

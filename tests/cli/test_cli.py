@@ -29,6 +29,7 @@ VERBS = [
     "why",
     "step",
     "contrast",
+    "steer",
     "changes",
     "show",
     "undo",
@@ -371,3 +372,44 @@ def test_ctrl_c_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(LiveModel, "load", interrupt)
     assert "Interrupted" in run("ask", QUESTION, code=130).stderr
+
+
+def test_steer_finds_shows_saves_loads_and_keeps(run: Run, tmp_path: Path) -> None:
+    saved, picture = tmp_path / "saved", tmp_path / "curve"
+    flags = ["--kl", "0.05", "--measure", "mean", "--prompt", QUESTION, "--save", str(saved), "--json"]
+    found = parsed(run("steer", "a - c", "--picture", str(picture), *flags))
+    assert found["steering"]["reached"] == pytest.approx(0.05, rel=0.1)
+    assert len(found["steering"]["curve"]) >= 4 and found["steering"]["layers"]
+    assert set(found["answers"]) == {"prompt", "without", "with"}
+    assert found["pictures"][0] == f"{picture}.html" and picture.with_suffix(".html").is_file()
+    assert "change" not in found and parsed(run("changes", "--json")) == []
+    kept = parsed(run("steer", "--load", str(saved), "--prompt", QUESTION, "--keep", "--json"))
+    assert (kept["steering"], kept["change"]["state"]) == (None, "active")
+    assert kept["answers"]["with"] == found["answers"]["with"]
+    assert parsed(run("undo", "--json"))["state"] == "undone"
+
+
+def test_steer_tells_people_the_curve_in_80_columns(run: Run, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    sides = [{"prompt": QUESTION, "answer": letter} for letter in "ac"]
+    pairs.write_text(json.dumps({"positive": sides[0], "negative": sides[1]}), encoding="utf-8")
+    flags = ["--pairs", str(pairs), "--how", "tuned", "--layer", "1", "--kl", "0.05"]
+    shown = run("steer", *flags, "--prompt", QUESTION, "--preview").stdout
+    for word in ("pairs", "layer", "the curve", "chosen", "without", "with", "preview", "guard"):
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_steer_refuses_what_does_not_go_together(run: Run, tmp_path: Path) -> None:
+    for words, said in (
+        ([], "one of"),
+        (["a - b", "--load", "x"], "one of"),
+        (["--toward", "x"], "both"),
+        (["a - b", "--how", "magic"], "none of"),
+        (["a - b", "--measure", "max"], "none of"),
+        (["a - b", "--force"], "--keep"),
+        (["--load", "x", "--picture", "y"], "no curve"),
+    ):
+        assert said in told(run("steer", *words, "--json", code=2))["message"]
+    assert "two sides" in told(run("steer", "love", "--json", code=2))["message"]
+    assert "can be read" in told(run("steer", "--load", str(tmp_path / "none"), "--json", code=2))["message"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liveweight.adjustments import Active, Adjustment, LowRank, State
+from liveweight.adjustments import Active, Adjustment, LowRank, State, Steer
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard import Guard, Probe, ProbeSet, ProtectedItem
@@ -64,6 +64,29 @@ def test_kl_and_perplexity_are_those_of_plain_forward_passes(
             logits = engine.model(ids).logits[0, :-1].log_softmax(-1)
         nll.append(float(-logits.gather(1, ids[0, 1:, None]).mean()))
     assert report.perplexity_ratio == pytest.approx(torch.tensor(nll[1] - nll[0]).exp().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("when", ["prompt", "generated"])
+def test_a_steering_that_tells_the_prompt_from_the_answer_is_measured(
+    engine: TransformersEngine, tmp_path: Path, when: str
+) -> None:
+    vector = torch.randn(engine.sites.width, generator=torch.Generator().manual_seed(5))
+    op = Steer(site="layers.0.resid", vector=vector, when=when)
+    after = (Active(Adjustment(name="steer", method="test", ops=(op,))),)
+    report = Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    kls = []
+    for probe in PROBES.chats:
+        prompt = engine.encode(probe.messages)
+        answer = engine.greedy([prompt], 4)[0]
+        ids = torch.tensor([[*prompt, *answer]])
+        span = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        with torch.no_grad(), engine.activations.prompt(len(prompt)):
+            old = engine.model(ids).logits[0, span].log_softmax(-1)
+            with engine.preview(after):
+                new = engine.model(ids).logits[0, span].log_softmax(-1)
+        kls.append(float((old.exp() * (old - new)).sum(-1).mean()))
+    assert min(kls) > 0
+    assert report.mean_kl == pytest.approx(sum(kls) / 3, rel=1e-3, abs=1e-6)
 
 
 def test_changing_nothing_costs_nothing(engine: TransformersEngine, tmp_path: Path) -> None:

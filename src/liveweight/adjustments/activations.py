@@ -31,7 +31,7 @@ class _Here(threading.local):
     """What the forward pass that runs in this thread is about."""
 
     positions: Tensor | None = None  # (B or 1, T), absolute
-    prompt: Tensor | None = None  # (B or 1, 1), the prompt's length in tokens
+    prompt: Tensor | None = None  # (B or 1, 1 or T), the prompt's length in tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +87,16 @@ class ActivationState:
         self._registrations(state)
 
     @contextmanager
-    def prompt(self, lengths: int | Sequence[int]) -> Iterator[None]:
+    def prompt(self, lengths: int | Sequence[int] | Tensor) -> Iterator[None]:
         """Say where the prompt ends, for the forward passes inside the `with` block and in this thread.
 
-        `lengths` in tokens, one for the batch or one a row. Steer with `when` other than always needs it: only the
+        `lengths` in tokens: one for the batch, one a row, or (B or 1, T) one a position, for rows that are packed into
+        one sequence. Steer with `when` other than always needs it: only the
         caller knows where the prompt ended.
         """
         before = self._here.prompt
-        self._here.prompt = torch.as_tensor(lengths, dtype=torch.int64).reshape(-1, 1)
+        given = torch.as_tensor(lengths, dtype=torch.int64)
+        self._here.prompt = given if given.dim() == 2 else given.reshape(-1, 1)
         try:
             yield
         finally:

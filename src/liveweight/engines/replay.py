@@ -205,6 +205,20 @@ def _past(
     return keys_and_values(cache), seen
 
 
+def packed_paths(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Where each row's tokens lie in the one sequence that `run_whole` makes of rows."""
+    branches = Branches(model)
+    return [branches.add(row) for row in rows]
+
+
+def packed_prompts(paths: Sequence[Sequence[int]], prompts: Sequence[int]) -> Tensor:
+    """(1, N) for each token of that one sequence, the length of its row's prompt; the longest, where rows share it."""
+    found = torch.zeros(1, 1 + max(node for path in paths for node in path), dtype=torch.int64)
+    for path, length in zip(paths, prompts, strict=True):
+        found[0, path] = found[0, path].clamp(min=length)
+    return found
+
+
 def run_whole(
     model: PreTrainedModel,
     sites: ModelSites,

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liveweight.adjustments import State, first_layer, state_hash
-from liveweight.engines.replay import run_whole
+from liveweight.engines.base import ScoreItem
+from liveweight.engines.replay import packed_paths, packed_prompts, run_whole
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard.budget import ChangedAnswer, GuardReport, budget_of, over_budget
 from liveweight.guard.probe_set import Probe, ProbeSet, load_probes
@@ -123,6 +124,11 @@ class Guard:
         near = {probe.id for probe in self.probes.screen(question, self.settings.screen_items)}
         chosen = [i for i, row in enumerate(rows) if row.id in near]
         return self._compare(after, chosen, protected[-8:], False)
+
+    def references(self, *, progress: bool = True) -> list[ScoreItem]:
+        """The chats with the base model's own greedy answers: what KL is measured on, for those who calibrate by it."""
+        rows = [row for row in self._reference(progress) if row.is_chat]
+        return [ScoreItem(row.tokens[: row.start], row.tokens[row.start :]) for row in rows]
 
     # ------------------------------------------------------------------------------------------------ comparing
 
@@ -276,13 +282,16 @@ class Guard:
 
     def _run(self, rows: list[_Row], layer: int, inputs: list[Tensor] | None) -> Iterator[Tensor]:
         """(T, width) of each row at the positions that predict what is measured. Called inside a preview."""
-        final, _ = run_whole(
-            self.engine.model,
-            self.engine.sites,
-            [row.tokens for row in rows],
-            layer=max(layer, 0),
-            inputs=inputs if layer >= 0 else None,
-        )
+        tokens = [row.tokens for row in rows]
+        prompts = packed_prompts(packed_paths(self.engine.model, tokens), [row.start for row in rows])
+        with self.engine.activations.prompt(prompts):
+            final, _ = run_whole(
+                self.engine.model,
+                self.engine.sites,
+                tokens,
+                layer=max(layer, 0),
+                inputs=inputs if layer >= 0 else None,
+            )
         for row, own in zip(rows, final, strict=True):
             yield own[row.start - 1 : -1]
 

@@ -21,6 +21,7 @@ from liveweight.methods import (
     rome,
     scale,
     select,
+    steer,
 )
 from liveweight.methods.base import Case, CaseKind, Context, Described, Method
 from liveweight.methods.case import build_case
@@ -116,6 +117,7 @@ _ALL = (
         tunes=("target_probability", "max_contexts"),
     ),
     Described("contrast", contrast.propose, "Neurons that statistics tell from neighbours', scaled down.", ("bad",)),
+    Described("steer", steer.propose, "A direction added at every token; damaging, to compare with.", ("bad", "fix")),
 )
 
 METHODS: dict[str, Described] = {described.name: described for described in _ALL}
