@@ -37,7 +37,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     Raises NoMendFound when the answer does not become likely enough, Unsupported where PEFT is not installed.
     """
     before = outcome(engine, case)
-    views = _views(engine, settings)
+    views = adapter_views(engine, settings)
     with engine.gate.step(), adapted(engine, views) as adapters:
         steps, reached = train(engine, chosen_contexts(case, settings), settings)
         ops = tuple(_ops(engine, views, adapters))
@@ -110,7 +110,7 @@ def train(
     return step, least
 
 
-def _views(engine: TransformersEngine, settings: MethodSettings) -> list[WeightView]:
+def adapter_views(engine: TransformersEngine, settings: MethodSettings) -> list[WeightView]:
     """The weights that get an adapter, and those that share a module with them."""
     sites = engine.sites
     if settings.layer is not None:
@@ -144,4 +144,4 @@ def _layers(views: Sequence[WeightView]) -> str:
     return f"{layers[0]} to {layers[-1]}" if len(layers) > 1 else str(layers[0])
 
 
-__all__ = ["RATE", "adapted", "propose", "train"]
+__all__ = ["RATE", "adapted", "adapter_views", "propose", "train"]
