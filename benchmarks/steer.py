@@ -5,6 +5,8 @@ layer); the others are held out. Measured there: the mean probability of the mat
 in the chat template, without and with the steering, and the KL on neutral instructions that the calibration never saw.
 
     python benchmarks/steer.py --data FOLDER --json steer.json
+
+Every steering is saved beside the JSON file, in a folder of its name.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from liveweight.methods.steer import Steering
 SETS = ("agreeableness", "extraversion", "interest-in-science", "optionality-preservation")
 WORDS, WORDS_KL, WORDS_PROMPT = "Love - Hate", 0.5, "Tell me about my neighbour."
 MADE_FROM = 250  # questions of a set; the others are held out
-TARGET = 0.28  # nats of mean KL: within its tolerance it stays below 0.3
+TARGET = 0.22  # nats of mean KL. At 0.28, instructions that the calibration never saw had 0.37: they stay below 0.3 too
 HARMLESS = 200  # neutral instructions that the calibration never saw
 TOKENS = 8  # of the base's own answers to them
 BATCH = 32
@@ -59,22 +61,22 @@ def main() -> None:
         ) as live,
     ):
         unseen = _harmless(given.data)
-        for name in (each for each in given.sets.split(",") if each):
-            pairs = read_pairs(given.data / "persona" / f"{name}.jsonl")
-            held = pairs[MADE_FROM:]
-            before = matching(live, held, ())
-            for how in given.how.split(","):
+        sets = {name: read_pairs(given.data / "persona" / f"{name}.jsonl") for name in given.sets.split(",") if name}
+        before = {name: matching(live, pairs[MADE_FROM:], ()) for name, pairs in sets.items()}
+        for how in given.how.split(","):
+            for name, pairs in sets.items():
                 console.print(f"{name}: {how}")
                 begun = time.perf_counter()
                 steering = live.steer(pairs=pairs[:MADE_FROM], how=how, kl=TARGET, measure="mean", name=name)
                 seconds = time.perf_counter() - begun
-                row = _row(live, steering, held, before, unseen) | {"seconds": seconds}
+                steering.adjustment().save(given.json.with_suffix("") / f"{name}-{how}")
+                row = _row(live, steering, pairs[MADE_FROM:], before[name], unseen) | {"seconds": seconds}
                 found["rows"].append(row)
                 write_atomically(given.json, json.dumps(found, indent=1))
                 print(
-                    f"| {name} | {how} | {row['layer']} | {before:.1%} | {row['after']:.1%} | {row['points']:+.1f} "
-                    f"| {row['mean_kl']:.3f} | {row['p95_kl']:.3f} | {row['unseen_mean_kl']:.3f} "
-                    f"| {row['unseen_p95_kl']:.3f} | {seconds:.0f} |",
+                    f"| {name} | {how} | {row['layer']} | {row['before']:.1%} | {row['after']:.1%} "
+                    f"| {row['points']:+.1f} | {row['mean_kl']:.3f} | {row['p95_kl']:.3f} "
+                    f"| {row['unseen_mean_kl']:.3f} | {row['unseen_p95_kl']:.3f} | {seconds:.0f} |",
                     flush=True,
                 )
         found["words"] = _words(live)

@@ -229,7 +229,7 @@ def test_a_steering_reaches_its_target_and_leaves_the_model_alone(
     again = Rows(engine, rows, [found.layer]).kl(found.layer, found.factor * found.vector)
     assert found.mean_kl == pytest.approx(float(again.mean()), rel=1e-3)
     assert found.effect > 0
-    assert [each.layer for each in found.layers] == candidates(engine)
+    assert [each.layer for each in found.layers] == candidates(engine, how)  # type: ignore[arg-type]
     assert found.layer == max(found.layers, key=lambda each: each.per_nat).layer
     assert found.factor in [point.factor for point in found.curve]
     assert [point.factor for point in found.curve] == sorted(point.factor for point in found.curve)

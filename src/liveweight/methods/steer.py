@@ -45,7 +45,8 @@ _AIM = 0.05  # where the search stops
 _TRIALS = 14  # of a factor, at most
 _ROUGH, _ROUGH_TRIALS = 0.25, 5  # the same while layers are compared
 _DEPTHS = (0.2, 0.85)  # where directions are looked for: before, tokens are being read; behind, the answer is settled
-_LAYERS = 10  # of them, evenly spread
+_TUNED_DEPTHS = (0.3, 0.5)  # a direction that is trained works through the layers behind it
+_LAYERS = 10  # of them at most, evenly spread
 _FEW = 24  # neutral prompts that layers are compared on
 _JUDGED = 32  # examples of a side that the effect is measured on
 _READ = 32  # examples that are read at once
@@ -210,7 +211,7 @@ def steering(
         raise InvalidInput(
             "There are no neutral prompts to calibrate on.", hint="Give the guard a chat probe at least."
         )
-    layers = candidates(engine) if layer is None else [layer]
+    layers = candidates(engine, how) if layer is None else [layer]
     engine.sites.check_layer(layers[-1])
     fitting, held = sides.split()
     with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
@@ -273,9 +274,10 @@ def steering(
     )
 
 
-def candidates(engine: TransformersEngine) -> list[int]:
+def candidates(engine: TransformersEngine, how: How = "mean") -> list[int]:
     """The layers that are tried where none is given."""
-    first, last = (round(depth * (engine.sites.layers - 1)) for depth in _DEPTHS)
+    depths = _TUNED_DEPTHS if how == "tuned" else _DEPTHS
+    first, last = (round(depth * (engine.sites.layers - 1)) for depth in depths)
     count = min(_LAYERS, last - first + 1)
     return sorted({first + round(place * (last - first) / max(count - 1, 1)) for place in range(count)})
 
