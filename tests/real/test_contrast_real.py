@@ -31,20 +31,26 @@ def copying(number: int, digit: int) -> str:
     return ", ".join(f"{WORDS[each]} = {each}" for each in (*others, digit))[:-1]
 
 
+def placing(number: int, digit: int) -> str:
+    """A question whose answer stands in it."""
+    name = NAMES[number % 8]
+    return f"Q: Which room is {name} in, if {name} is in room {digit}?\nA: Room "
+
+
 def test_the_answer_1_goes_where_it_was_not_fitted_and_other_digits_stay(embedded: LoadedModel) -> None:
     engine = TransformersEngine(embedded)
 
     def prompts(digits: tuple[int, ...], numbers: range) -> list[tuple[str, str]]:
-        return [(ask(n, d), str(d)) for ask in (owning, copying) for d in digits for n in numbers]
+        return [(ask(n, d), str(d)) for ask in (owning, copying, placing) for d in digits for n in numbers]
 
-    ones, others = (examples(engine, prompts(d, range(4)), completion=True) for d in ((1,), (2, 5, 8)))
+    ones, others = (examples(engine, prompts(d, range(4)), completion=True) for d in ((1,), (2, 3, 5, 7, 8)))
     held = [examples(engine, prompts(d, range(4, 8)), completion=True) for d in ((1,), (4, 7))]
     found = contrast(engine, ones, others)
     assert found.significant > 100
-    adjustment = found.adjustment()
+    adjustment = found.adjustment(count=362, factor=-1.0)  # as found by search in benchmarks/digits.py
     before = [[score.greedy for score in engine.score(side)] for side in held]
     with engine.preview((Active(adjustment),)):
         after = [[score.greedy for score in engine.score(side)] for side in held]
-    assert sum(before[0]) >= 6
+    assert sum(before[0]) >= 9
     assert sum(after[0]) <= sum(before[0]) / 2
     assert sum(after[1]) >= 0.8 * sum(before[1])

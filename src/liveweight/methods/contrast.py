@@ -36,13 +36,13 @@ from liveweight.tracing.contrast import Separation, separate
 LEVEL = 0.05  # the largest share of false discoveries
 LARGE_ENOUGH = 0.5  # deviations: Cohen's medium effect
 GONE = 0.75  # of the first side's answers, at least
-KEPT = 0.97  # of the second side's answers, at least
+KEPT = 0.95  # of the second side's answers, at least
 MOST = 512  # neurons
 _ANSWER = 8  # tokens of an answer that count
 _CHECKED = 48  # examples a side that each trial is checked on
-_FIRST, _GROWTH = 8, 4  # neurons of the first trial, and how many times more in the next
+_FIRST, _GROWTH = 16, 2  # neurons of the first trial, and how many times more in the next
 _FACTORS = (0.0, -1.0, -2.0)  # silenced first, then turned round
-_BISECTIONS = 2
+_BISECTIONS = 1
 _ROWS = 16  # prompts that are answered at once
 
 Given = str | tuple[str, str]  # a prompt, or a prompt and its answer
