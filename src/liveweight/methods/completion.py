@@ -8,6 +8,7 @@ not known here. Reads the model; knows no method.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
@@ -39,9 +40,10 @@ def completion_case(
     if subject is not None and subject not in text:
         subject = None
     first = _plain(engine, text, wanted)
-    contexts = [first, *(_plain(engine, f"{passage} {text}", wanted) for passage in passages())]
-    if engine.format.has_template:
-        contexts += _chats(engine, text, wanted)
+    plain = [_plain(engine, f"{passage} {text}", wanted) for passage in passages()]
+    chats = _chats(engine, text, wanted) if engine.format.has_template else []
+    # By turns, so that a method which takes a few of them takes both kinds.
+    contexts = [first, *(each for pair in zip_longest(chats, plain) for each in pair if each is not None)]
     answer = was.strip() if was else engine.format.decode(engine.greedy([first.prompt], 8)[0]).strip()
     tokens = tuple(engine.format.encode_text(" " + answer))
     names = like_names(engine, subject)[:OTHERS] if subject else []

@@ -28,6 +28,7 @@ CLOSE = 0.3  # of the margin: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while δ is looked for
 KL_WEIGHT = 1.0  # of what the subject is, in nats
 STEP = 1.0  # how far δ moves a step at most, as a multiple of |W k|
+_PATIENCE = 3  # steps that may bring a fact nothing once its answer leads
 _AT_ONCE = 12  # facts that are looked for together
 _WASTE = 1.5  # rows of one batch are at most so many times as long as the shortest of them
 
@@ -163,7 +164,10 @@ def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
 
 
 def _batch(engine: TransformersEngine, replay: Replay, group: Sequence[_Row], margin: float) -> _Batch:
-    """Goals: the margin for answers proper and for what would not be said now, half of their lead for the rest."""
+    """Goals: the margin for answers proper, half of their lead for what opens them.
+
+    What the model would not open its answer with now is not asked for: teaching it would use up the value.
+    """
     device = replay.ids.device
     wanted = [
         (index, replay.column(index, len(row.context.prompt) - 1 + step), token, row.fact, step >= row.context.key[0])
@@ -182,7 +186,8 @@ def _batch(engine: TransformersEngine, replay: Replay, group: Sequence[_Row], ma
         leads = engine.leads(final, tokens)[0] if wanted else final[:, 0]
         rivals = engine.rivals(final, tokens, RIVALS) if wanted else tokens[:, None]
         reference = engine.unembed(replay.final[quiet]).float().log_softmax(-1)
-    goal = torch.where(proper.bool() | (leads < 0), margin, leads.clamp(max=margin) / 2)
+    opens = torch.where(leads < 0, float("-inf"), leads.clamp(max=2.0) / 2)
+    goal = torch.where(proper.bool(), margin, opens)
     facts = torch.tensor([row.fact for row in group], device=device)
     return _Batch(replay, facts, (rows, columns), tokens, owner, goal, rivals, (quiet[0], quiet[1]), reference)
 
@@ -201,6 +206,7 @@ def _descended(
     deltas = torch.zeros(facts, engine.sites.width, device=device)
     best, least = deltas.clone(), torch.full((facts,), float("inf"), device=device)
     short, steps = least.clone(), torch.zeros(facts, dtype=torch.int64)
+    since = torch.zeros(facts, dtype=torch.int64, device=device)  # steps that brought a fact nothing
     moving = torch.ones(facts, dtype=torch.bool, device=device)
     for step in range(settings.max_steps + 1):
         loss, worst = torch.zeros(facts, device=device), torch.zeros(facts, device=device)
@@ -216,7 +222,9 @@ def _descended(
             worst = worst.scatter_reduce(0, batch.owner, gaps.detach(), "amax")
         better = moving & (loss < least)
         best[better], least[better], short[better] = deltas[better], loss[better], worst[better]
-        moving &= worst >= close
+        since = torch.where(better, 0, since + 1)
+        # What leads everywhere and gets no better is as good as it will be.
+        moving &= (worst >= close) & ~((short < settings.margin) & (since >= _PATIENCE))
         steps[moving.cpu()] = step
         if not bool(moving.any()) or step == settings.max_steps:
             break
