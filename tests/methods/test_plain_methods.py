@@ -339,7 +339,7 @@ def test_lora_gives_the_wished_answer_and_leaves_no_adapter(architecture: str, t
 def test_loras_ops_are_what_the_adapters_add(architecture: str, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, tmp_path)
     prompt = engine.encode([Message("user", "what is tea?")])
-    views = lora._views(engine, MethodSettings(layer=1))
+    views = lora.adapter_views(engine, MethodSettings(layer=1))
     with engine.gate.step(), lora.adapted(engine, views) as adapters, torch.no_grad():
         for number, adapter in enumerate(adapters.values()):
             generator = torch.Generator().manual_seed(number)

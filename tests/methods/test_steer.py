@@ -132,11 +132,11 @@ def test_the_mean_direction_is_read_over_the_answers_tokens(architecture: str, t
     sides = words(engine)
     found = directions(engine, sides, [0, 2], "mean")
     for layer in (0, 2):
-        sides = [
+        means = [
             torch.stack([streams(engine, each, layer)[len(each.prompt) :].mean(0) for each in side]).mean(0)
             for side in (sides.toward, sides.away)
         ]
-        torch.testing.assert_close(found[layer], sides[0] - sides[1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[layer], means[0] - means[1], rtol=1e-3, atol=1e-4)
 
 
 def test_prompts_without_answers_are_read_at_their_last_token(engine: TransformersEngine) -> None:
