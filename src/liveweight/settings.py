@@ -82,7 +82,7 @@ class MethodSettings(_Group):
         default=0.9, gt=0.0, lt=1.0, description="Optimisation stops at this answer probability."
     )
     margin: float = Field(
-        default=4.0, gt=0.0, description="Nats by which rome, memit and alphaedit let the answer's tokens lead."
+        default=6.0, gt=0.0, description="Nats by which rome, memit and alphaedit let the answer's tokens lead."
     )
     clamp_norm: float = Field(
         default=4.0, gt=0.0, description="The largest new value, as a multiple of the old one's norm."

@@ -148,16 +148,13 @@ def _map(data: Mapping[str, Any]) -> Figure:
         figure.add_scatter(
             x=[_percent(row[spared])],
             y=[_percent(row["chat"])],
-            text=[row["method"]],
             name=row["method"],
-            mode="markers+text",
-            textposition="top center",
+            mode="markers",
             marker={"size": 12},
         )
     figure.update_layout(
         template="plotly_white",
-        showlegend=False,
-        title=f"{data['run']['cases']} edits of {data['run']['data']}, {data['run']['mode']}, {data['run']['model']}",
+        title=f"{data['run']['data']}, {data['run']['cases']} cases, {data['run']['mode']}, {data['run']['model']}",
         xaxis_title=title,
         yaxis_title="said in free generation (%)",
     )
