@@ -49,9 +49,10 @@ from liveweight.evaluation import (
     same_first_sentence,
     says,
 )
+from liveweight.evaluation.records import Records
 from liveweight.methods import Case, build_case
 from liveweight.settings import Settings
-from records import Asked, Records, base_answers
+from records import Asked, base_answers
 
 TOKENS = 32  # of a reply that is judged by its first sentence
 LONG = 64  # of a reply that is searched for babble

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_method_settings, takes_options
@@ -46,7 +45,7 @@ def arena(
         raise InvalidInput(f"{data} has no case number {first}.", hint="Name an earlier --first.")
     names = tuple(METHODS) if methods == EVERY else tuple(name.strip() for name in methods.split(","))
     plan = Plan(data, tuple(chosen), names, mode, seed=seed, damage_every=damage_every)  # type: ignore[arg-type]
-    with session.opened(options) as live, _bar(options) as bar:
+    with session.opened(options) as live, output.bar(quiet=options.json) as bar:
         task = bar.add_task("", total=None)
 
         def progress(what: str, done: int, of: int) -> None:
@@ -72,9 +71,3 @@ def arena(
     output.out().print(table, soft_wrap=True, markup=False)
     written = ", ".join(str(each) for each in (out, out.with_suffix(".md"), *pictures))
     output.say(f"written: {written}")
-
-
-def _bar(options: Options) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = output.progress()
-    return Progress(*columns, console=console, transient=True, disable=options.json or not console.is_terminal)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from liveweight.cli import output, session
@@ -34,7 +33,7 @@ def learn(
     from liveweight.lessons import read_lessons
 
     records = read_lessons(feedback)
-    with session.opened(options) as live, _bar(options) as bar:
+    with session.opened(options) as live, output.bar(quiet=options.json) as bar:
         task = bar.add_task("", total=len(records))
 
         def progress(what: str, done: int, of: int) -> None:
@@ -65,9 +64,3 @@ def _shown(found: Lessons) -> None:
     output.out().print(table)
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in found.seconds.items())
     output.out().print(Text(f"seconds: {sum(found.seconds.values()):.1f} ({spent})", "dim"))
-
-
-def _bar(options: Options) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = output.progress()
-    return Progress(*columns, console=console, transient=True, disable=options.json or not console.is_terminal)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +32,13 @@ def out() -> Console:
 def progress() -> Console:
     """The console of progress and errors."""
     return Console(file=sys.stderr, highlight=False)
+
+
+def bar(*, quiet: bool) -> Progress:
+    """A bar of longer work on stderr with the time left; none where a program reads, or where stderr is a file."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = progress()
+    return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
 def print_json(value: Any) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from liveweight.cli import output, session
@@ -41,13 +40,7 @@ def tune(
     if not chosen:
         raise InvalidInput(f"{data} has no case number {first}.", hint="Name an earlier --first.")
     names = [name.strip() for name in methods.split(",")]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = output.progress()
-    quiet = options.json or not console.is_terminal
-    with (
-        session.opened(options) as live,
-        Progress(*columns, console=console, transient=True, disable=quiet) as bar,
-    ):
+    with session.opened(options) as live, output.bar(quiet=options.json) as bar:
         task = bar.add_task("", total=None)
 
         def progress(what: str, done: int, of: int) -> None:

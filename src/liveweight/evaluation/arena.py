@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import random
 import shutil
 import time
@@ -23,12 +22,12 @@ import torch
 
 from liveweight.adjustments import Active, Adjustment, State
 from liveweight.engines.base import Message, Sampling
-from liveweight.engines.fingerprints import write_atomically
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, NoMendFound, StateConflict, Unsupported
 from liveweight.evaluation.damage import KLMeter, PerplexityMeter
 from liveweight.evaluation.edit_metrics import EditMeter, EditScores, mean
 from liveweight.evaluation.edits import Edit
+from liveweight.evaluation.records import Records
 from liveweight.evidence import moved
 from liveweight.guard import Guard
 from liveweight.ladder import AUTO, Limits, Phases, climb, sparing
@@ -44,7 +43,6 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 POINTS = (1, 10, 100, 250, 500)  # numbers of edits behind which a sequence is measured
 _REPLY = 40  # tokens of the judged answer
-_SHARE_OF_SCORES = [name for name in EditScores.__dataclass_fields__]
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,11 @@ class Arena:
 
         Raises InvalidInput where the file is another run's, or is there and is not to be gone on with.
         """
-        record = _Record.open(file, self.plan.header(self.engine, self.settings), resume=resume)
+        record = Records.open(file, self.plan.header(self.engine, self.settings), resume=resume)
         if "unedited" not in record.data:
-            record.data["unedited"] = [self._row(edit, self._scores_of(edit)) for edit in self._cases("unedited", 0)]
+            record.data["unedited"] = [
+                self._row(edit, self._meter.measure(edit)) for edit in self._cases("unedited", 0)
+            ]
             record.save()
         for name in self.plan.methods:
             self._check(name)
@@ -123,9 +123,9 @@ class Arena:
 
     # -------------------------------------------------------------------------------------------------- one by one
 
-    def _single(self, name: str, record: _Record) -> None:
+    def _single(self, name: str, record: Records) -> None:
         """Each case on the base model, and the base again."""
-        rows = record.rows(name)
+        rows = _rows(record, name)
         for edit in self._cases(name, len(rows)):
             measure = len(rows) % self.plan.damage_every == 0
             row = self._row(edit)
@@ -137,14 +137,14 @@ class Arena:
                 before = self._bytes(found)
                 self.engine.become(state)
                 try:
-                    row["scores"] = asdict(self._scores_of(edit))
+                    row["scores"] = asdict(self._meter.measure(edit))
                     if measure:
                         row |= self._damage()
                 finally:
                     self.engine.become(())
                 row["undo_exact"] = self._bytes(found) == before
             else:
-                row["scores"] = asdict(self._scores_of(edit))
+                row["scores"] = asdict(self._meter.measure(edit))
             rows.append(row)
             record.save()
 
@@ -163,9 +163,9 @@ class Arena:
 
     # ------------------------------------------------------------------------------------ one after another, at once
 
-    def _many(self, name: str, record: _Record) -> None:
+    def _many(self, name: str, record: Records) -> None:
         """All cases in one model: each beside those before it, or all of them together."""
-        engine, rows = self.engine, record.rows(name)
+        engine, rows = self.engine, _rows(record, name)
         points: list[Row] = record.data.setdefault("points", {}).setdefault(name, [])
         kept = _Kept(record.file, name)
         before = engine.fingerprints() if not rows else None
@@ -281,9 +281,6 @@ class Arena:
     def _row(self, edit: Edit, scores: EditScores | None = None) -> Row:
         return {"case": edit.label} | ({"scores": asdict(scores)} if scores is not None else {})
 
-    def _scores_of(self, edit: Edit) -> EditScores:
-        return self._meter.measure(edit)
-
     def _damage(self) -> Row:
         return {"kl": mean(self._kl.measure()), "perplexity_ratio": self._perplexity.ratio()}
 
@@ -331,41 +328,13 @@ def case_of(engine: TransformersEngine, edit: Edit, previous: Sequence[Answered]
 
 def mean_scores(rows: Sequence[Row]) -> Row:
     """The mean of every score over those that have it."""
-    return {name: mean([row[name] for row in rows]) for name in _SHARE_OF_SCORES}
+    return {name: mean([row[name] for row in rows]) for name in EditScores.__dataclass_fields__}
 
 
-class _Record:
-    """The run's file."""
-
-    def __init__(self, file: Path, data: Row) -> None:
-        self.file, self.data = file, data
-
-    @classmethod
-    def open(cls, file: Path, header: Row, *, resume: bool) -> _Record:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-        if not file.exists():
-            return cls(file, {"run": header, "machine": machine})
-        if not resume:
-            raise InvalidInput(f"{file} is there already.", hint="Use --resume to go on with it, or name another file.")
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            before = data["run"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidInput(f"{file} is not a run's file: {error!r}.", hint="Name another one.") from error
-        other = next((name for name in header if before.get(name) != header[name]), None)
-        if other is not None:
-            raise InvalidInput(
-                f"{file} holds a run whose {other} was {before.get(other)!r}, not {header[other]!r}.",
-                hint="Run with the same options, or name another file.",
-            )
-        return cls(file, data)
-
-    def rows(self, name: str) -> list[Row]:
-        rows: list[Row] = self.data.setdefault("methods", {}).setdefault(name, [])
-        return rows
-
-    def save(self) -> None:
-        write_atomically(self.file, json.dumps(self.data, indent=1, ensure_ascii=False))
+def _rows(record: Records, name: str) -> list[Row]:
+    """The cases of one method that are done."""
+    rows: list[Row] = record.data.setdefault("methods", {}).setdefault(name, [])
+    return rows
 
 
 class _Kept:

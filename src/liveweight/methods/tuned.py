@@ -47,7 +47,7 @@ def keep_tuned(engine: TransformersEngine, method: str, settings: Mapping[str, A
 
 def settings_for(engine: TransformersEngine, method: str, settings: MethodSettings) -> MethodSettings:
     """The settings for one method: what was tuned for it on this model where the person set nothing."""
-    own = {name: value for name, value in read_tuned(engine).get(method, {}).items()}
+    own = read_tuned(engine).get(method, {})
     free = {name: value for name, value in own.items() if name not in settings.model_fields_set}
     if not free:
         return settings
