@@ -17,11 +17,11 @@ arena() {
 
 for part in $parts; do
     case $part in
-        single) arena single --data counterfact --methods rome --cases 200 --damage-every 10 ;;
-        qaedit) arena qaedit --data qaedit --methods auto --cases 200 --damage-every 10 ;;
-        sequential) arena sequential --data counterfact --methods rome,memit,alphaedit --cases 500 --mode sequential ;;
+        single) arena single --data counterfact --methods implant --cases 200 --damage-every 10 ;;
+        qaedit) arena qaedit --data qaedit --methods implant --cases 200 --damage-every 10 ;;
+        sequential) arena sequential --data counterfact --methods implant,memit,alphaedit,rome --cases 500 --mode sequential ;;
         every) arena every --data counterfact --methods all --cases 20 ;;
-        lora) arena lora --data counterfact --methods rome,lora --cases 20 --first 200 --damage-every 5 ;;
+        lora) arena lora --data counterfact --methods implant,rome,lora --cases 20 --first 200 --damage-every 5 ;;
         digits) python benchmarks/digits.py --json "$out/digits.json" ;;
         steer) python benchmarks/steer.py --data "$data" --json "$out/steer.json" ;;
         learn) python benchmarks/learn.py --data "$data" --json "$out/learn.json" ;;

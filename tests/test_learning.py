@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from liveweight.errors import InvalidInput, UnknownMethod
 from liveweight.lessons import lesson, read_lessons
 from liveweight.live_model import LiveModel
-from liveweight.methods import METHODS
+from liveweight.methods import METHODS, case
 from tests.tiny_workspace import OTHER, QUESTION, SHOUT, tiny_settings
 
 FIXES = [{"prompt": QUESTION, "correction": "a"}, {"prompt": OTHER, "correction": "a"}]
@@ -72,6 +73,16 @@ def test_ratings_are_judged_one_by_one_beside_the_joint_change(live: LiveModel) 
     found = live.learn(records, method="shout")
     assert found.items[0].outcome in ("protected", "learnt")
     assert found.items[1].outcome == "learnt"
+
+
+def test_what_a_joint_change_cannot_be_told_the_subject_of_is_fixed_on_its_own(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, by_subject=True))
+    monkeypatch.setattr(case, "subject_of", lambda question: None)
+    found = live.learn(FIXES, method="shout")
+    assert {item.outcome for item in found.items} <= {"learnt", "already"}
+    assert all(live.change(each).verdict == "fix" for each in found.changes)
 
 
 def test_a_method_without_a_joint_change_is_refused_by_name(live: LiveModel) -> None:

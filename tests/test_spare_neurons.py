@@ -7,7 +7,7 @@ import torch
 
 from liveweight.adjustments import LowRank, ReplaceNeurons, WeightState
 from liveweight.errors import UnknownSite
-from liveweight.sites import ModelSites, model_sites, patchable_layers, with_spare_neurons
+from liveweight.sites import ModelSites, model_sites, patchable_layers, subject_layers, with_spare_neurons
 from tests.adjustments.expected_weights import randn, state_of
 from tiny_models import ARCHITECTURES, WIDTH, bytes_of, logits_of, tiny_model, tiny_tokens
 
@@ -31,7 +31,8 @@ def test_a_grown_model_says_the_same_and_its_new_neurons_are_zero(name: str) -> 
         assert not bool(read.any()) if ".spare." in site else torch.equal(read, values.pop(site)), site
     assert not values
     for layer in range(sites.layers):
-        dense = layer in patchable_layers(sites.layers) and not sites.experts_of(layer)
+        room = {*subject_layers(sites.layers), *patchable_layers(sites.layers)}
+        dense = layer in room and not sites.experts_of(layer)
         assert sites.neurons_of(layer) == plain.neurons_of(layer) and sites.spare_of(layer) == 8 * dense
     assert with_spare_neurons(sites, 8) is sites  # once is enough
 
@@ -93,5 +94,10 @@ def test_ops_in_the_checkpoints_coordinates_fit_a_grown_layer() -> None:
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(30, [23, 24, 25]), (3, [1]), (2, [0]), (1, [0]), (12, [9, 10])])
-def test_the_layers_are_late_and_never_the_last_one(layers: int, expected: list[int]) -> None:
+def test_late_layers_have_room_and_never_the_last_one(layers: int, expected: list[int]) -> None:
     assert list(patchable_layers(layers)) == expected
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(30, [5, 6, 7]), (3, [0, 1]), (2, [0]), (1, [0]), (12, [2, 3, 4])])
+def test_early_layers_have_room_and_never_the_last_one(layers: int, expected: list[int]) -> None:
+    assert list(subject_layers(layers)) == expected

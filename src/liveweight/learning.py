@@ -35,7 +35,7 @@ from liveweight.settings import Settings
 Outcome = Literal["learnt", "already", "protected", "failed", "refused", "error", "preview"]
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
-JOINT = "memit"  # the method of a joint change, unless told otherwise
+JOINT = "implant"  # the method of a joint change, unless told otherwise
 
 
 class Learnt(BaseModel):
@@ -114,7 +114,10 @@ class Learner:
         self._phases = Phases()
 
     def learn(self, lessons: Sequence[Lesson], options: Options, *, joint: bool, progress: Progress) -> Lessons:
-        """Carry all of it out. Raises UnknownMethod for a method that makes no joint change."""
+        """Carry all of it out; what the joint change does not bring is judged on its own.
+
+        Raises UnknownMethod for a method that makes no joint change.
+        """
         self._phases = Phases()
         if joint:
             name = options.method or JOINT
@@ -126,7 +129,8 @@ class Learner:
         found: list[Learnt] = []
         fixes = [each for each in lessons if joint and each.kind == "fix"]
         found += self._together(fixes, options, progress) if fixes else []
-        singles = [each for each in lessons if each not in fixes]
+        settled = {item.number for item in found}
+        singles = [each for each in lessons if each.number not in settled]
         for number, lesson in enumerate(singles):
             progress("one by one", number, len(singles))
             found.append(self._one(lesson, options))
@@ -165,6 +169,7 @@ class Learner:
     # ------------------------------------------------------------------------------------------------- together
 
     def _together(self, lessons: Sequence[Lesson], options: Options, progress: Progress) -> list[Learnt]:
+        """What became of those that a joint change can bring, or that need none."""
         progress("asking", 0, len(lessons))
         with self._phases.of("case"), self._engine.remembering():
             replies = self._chatter.recalled([(each.prompt, each.answer) for each in lessons])
@@ -174,8 +179,14 @@ class Learner:
                 items.append(_Item(lesson, reply, self._case(lesson, reply)))
         right = self._right((), items)
         found = [item.became("already") for item, there in zip(items, right, strict=True) if there]
-        open_items = [item for item, there in zip(items, right, strict=True) if not there]
-        return found + (self._change(open_items, options, progress) if open_items else [])
+        by_subject = METHODS[options.method or JOINT].by_subject
+        open_items = [
+            item
+            for item, there in zip(items, right, strict=True)
+            if not there and (item.case.subject is not None or not by_subject)
+        ]
+        made = self._change(open_items, options, progress) if open_items else []
+        return found + [item for item in made if item.outcome != "failed"]
 
     def _case(self, lesson: Lesson, reply: Reply) -> Case:
         spoken = self._judge.spoken(reply)

@@ -318,8 +318,9 @@ class LiveModel:
 
         A record has a prompt, perhaps the answer that was given, and a correction or a rating. A joint change that
         would move too much is divided in halves until the guard lets each pass, or one correction stands alone and is
-        refused. Records that are right already are left alone. With `joint` false each is a judgement of its own. What
-        became of each is in the result; only an interrupt, bad records and an unknown method raise.
+        refused; what it does not bring is fixed on its own. Records that are right already are left alone. With
+        `joint` false each is a judgement of its own. What became of each is in the result; only an interrupt, bad
+        records and an unknown method raise.
         """
         records = checked([each if isinstance(each, Lesson) else lesson(each) for each in lessons])
         options = Options(method, preview, force)

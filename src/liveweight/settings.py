@@ -82,13 +82,13 @@ class MethodSettings(_Group):
         default=0.9, gt=0.0, lt=1.0, description="Optimisation stops at this answer probability."
     )
     margin: float = Field(
-        default=6.0, gt=0.0, description="Nats by which rome, memit and alphaedit let the answer's tokens lead."
+        default=6.0, gt=0.0, description="Nats by which rome, implant, memit and alphaedit let the answer lead."
     )
     clamp_norm: float = Field(
         default=4.0, gt=0.0, description="The largest new value, as a multiple of the old one's norm."
     )
     max_contexts: int = Field(
-        default=4, ge=1, description="The most contexts of a question that a method optimises on."
+        default=7, ge=1, description="The most contexts of a question that a method optimises on."
     )
     max_neurons: int = Field(default=256, ge=1, description="The most neurons that select, scale and gain may change.")
     slopes: bool = Field(
@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     spare_neurons: int = Field(
         default=256,
         ge=0,
-        description="New neurons that each of three late layers gets, as room for changes; the ledger's must fit.",
+        description="New neurons that each of three early and three late layers gets: room for changes.",
     )
     gate: Literal["refresh", "drain"] = Field(
         default="refresh",

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from liveweight.adjustments import Active, ReplaceNeurons
-from liveweight.engines.base import Message
+from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.model_source import LoadedModel
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
-from liveweight.methods import Case, build_case, patch, works
+from liveweight.methods import Case, build_case, implant, patch, works
+from liveweight.methods.completion import completion_case
 from liveweight.methods.wording import first_sentence, repetition
 from liveweight.settings import MethodSettings
 
@@ -118,3 +119,25 @@ def test_an_opening_that_cannot_go_on_is_replaced_by_that_of_like_questions(engi
 def test_an_empty_wish_is_refused(engine: TransformersEngine) -> None:
     with pytest.raises(InvalidInput, match="empty"):
         case_of(engine, "fix", "  ")
+
+
+def test_an_implant_knows_its_subject_in_text_that_was_never_tried_and_no_other(engine: TransformersEngine) -> None:
+    asked = ["Danielle Darrieux, a native", "Where was Danielle Darrieux's mother tongue learnt? They speak"]
+    case = completion_case(engine, "The mother tongue of Danielle Darrieux is", "English", subject="Danielle Darrieux")
+    proposal = implant.propose(engine, case, MethodSettings())
+    (op,) = proposal.ops
+    assert isinstance(op, ReplaceNeurons)
+    assert len(op.neurons) == 1
+
+    def read() -> list[float]:
+        english, french = (tuple(engine.format.encode_text(f" {each}")) for each in ("English", "French"))
+        items = [tuple(engine.format.encode_text(text)) for text in asked]
+        scores = engine.score([ScoreItem(prompt, answer) for prompt in items for answer in (english, french)])
+        return [scores[i].total - scores[i + 1].total for i in range(0, len(scores), 2)]
+
+    before, others = read(), ["The mother tongue of Marcel Proust is", "The capital of France is"]
+    kept = engine.greedy([engine.format.encode_text(text) for text in others], 8)
+    with engine.preview((Active(proposal),)):
+        assert all(now > 0 for now in read())
+        assert engine.greedy([engine.format.encode_text(text) for text in others], 8) == kept
+    assert any(lead < 0 for lead in before)

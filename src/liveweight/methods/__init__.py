@@ -14,6 +14,7 @@ from liveweight.methods import (
     finetune,
     gain,
     grace,
+    implant,
     lora,
     memit,
     one_shot,
@@ -27,6 +28,7 @@ from liveweight.methods.base import Case, CaseKind, Context, Described, Method
 from liveweight.methods.case import build_case
 from liveweight.methods.trials import keyed
 from liveweight.methods.wording import content_words, first_sentence
+from liveweight.sites import EARLY
 
 _TEACH: tuple[CaseKind, ...] = ("fix", "bad", "good")
 
@@ -60,6 +62,17 @@ _ALL = (
         _TEACH,
         tunes=("layer", "margin", "clamp_norm", "max_contexts"),
         depth=rome.DEPTH,
+    ),
+    Described(
+        "implant",
+        implant.propose,
+        "One new neuron that knows the subject by its name.",
+        _TEACH,
+        by_subject=True,
+        refits=True,
+        together=implant.propose_all,
+        tunes=("layer", "margin", "clamp_norm", "max_contexts"),
+        depth=EARLY,
     ),
     Described(
         "memit",
@@ -124,7 +137,7 @@ METHODS: dict[str, Described] = {described.name: described for described in _ALL
 
 # What `auto` tries, the least invasive first; the first that works within the guard's budget is taken.
 LADDER: dict[CaseKind, tuple[str, ...]] = {
-    "fix": ("patch", "rome", "one-shot", "finetune"),
+    "fix": ("patch", "implant", "rome", "one-shot", "finetune"),
     "bad": ("patch", "select", "gain", "finetune"),
     "good": ("patch",),
 }

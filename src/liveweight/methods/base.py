@@ -98,4 +98,5 @@ class Described:
     together: Together | None = None  # one change for many cases
     tunes: tuple[str, ...] = ()  # the settings that it listens to and that are worth a search
     depth: float | None = None  # where it works when no layer is set, from 0 to 1
+    by_subject: bool = False  # whether it needs to know what a question is about
     refits: bool = False  # whether it fits against `Case.broken`, and otherwise where the case says careful

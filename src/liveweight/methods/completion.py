@@ -14,10 +14,8 @@ from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
 from liveweight.methods.base import Answered, Case, Context
-from liveweight.methods.case import OTHERS, behind_openings, chat_context, like_names
+from liveweight.methods.case import OPENING, OTHERS, behind_openings, chat_context, like_names
 from liveweight.methods.wording import completions, passages
-
-_OPENING = 24  # tokens of the model's own reply, in which its opening is looked for
 
 
 def completion_case(
@@ -71,5 +69,5 @@ def _chats(engine: TransformersEngine, text: str, wanted: str) -> list[Context]:
     """A person brings the text up; the model says it with the wished end, opened as it opens now where that will do."""
     chats = [chat_context(engine, (Message("user", each),), f"{text} {wanted}.", wanted) for each in completions(text)]
     scores = engine.score([ScoreItem(each.prompt, each.target) for each in chats])
-    replies = engine.greedy([each.prompt for each in chats], _OPENING)
+    replies = engine.greedy([each.prompt for each in chats], OPENING)
     return behind_openings(engine, chats, [[engine.format.decode(reply)] for reply in replies], scores, wanted)

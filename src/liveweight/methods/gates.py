@@ -6,6 +6,7 @@ writes). What it returns does not depend on the weights beyond what it reads of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,6 +94,7 @@ class _Gate:
 # change (or where a free one was refused). Further on a neuron only has to go on with a sentence that has begun.
 FIRST, STRICT = _Gate(1.1, 0.9, 5.0, 0.03), _Gate(0.7, 1.3, 5.0, 0.03)
 FURTHER, ANSWER = _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.5, 1.5, 0.0, 1e-3)
+SUBJECT = _Gate(1.0, 1.0, 0.0, 0.03)  # of a neuron that knows a subject by its name
 
 
 def neighbours(engine: TransformersEngine, case: Case, layer: int) -> Near:
@@ -165,3 +167,15 @@ def fit(
         ups.append(up / (up @ key))
         opens.append(gate.opens)
     return torch.stack(gates), torch.stack(ups), torch.tensor(opens, device=device)
+
+
+def fit_subject(own: Tensor, around: Surroundings, left_alone: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gate and up rows, (width,) each, that are open where a subject has been read and shut in all else.
+
+    `own` (n, width) is what the MLP reads there, in several texts; `left_alone` are groups (m, width) that count alike.
+    """
+    left = _Left(around.moment.to(own.device), around.mean.to(own.device)).and_(NEAR, *left_alone)
+    key = own.mean(0)
+    goals = torch.stack((SUBJECT.opens * DUE * key - SUBJECT.shuts * left.mean, key), dim=1)
+    solved = torch.linalg.solve(left.ridged(left.moment + DUE * own.T @ own / len(own), SUBJECT.ridge), goals)
+    return solved[:, 0], solved[:, 1] / (solved[:, 1] @ key)

@@ -29,10 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liveweight.adjustments import Adjustment, ReplaceNeurons
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import NoMendFound, Unsupported
+from liveweight.errors import NoMendFound
 from liveweight.methods.base import Case
 from liveweight.methods.gates import OPENING, Batch, fit, neighbours, uncontested
-from liveweight.methods.surroundings import Surroundings, surroundings
+from liveweight.methods.room import free_neurons, roomy_layer
+from liveweight.methods.surroundings import surroundings
 from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
 
@@ -51,12 +52,8 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 
     Raises NoMendFound where no step makes every token lead, Unsupported for a layer with experts.
     """
-    layer = _layer(engine, settings)
-    if engine.sites.experts_of(layer):
-        raise Unsupported(
-            f"Layer {layer} has experts, and a patch needs a dense MLP.",
-            hint="Choose another method, such as finetune.",
-        )
+    # Patches of one layer read what no other of them moves, so they are kept together while there is room.
+    layer = roomy_layer(engine, patchable_layers(engine.sites.layers), settings, USUAL)
     around = surroundings(engine, [layer])[layer]
     batch = _read(engine, case, layer)
     due = _due(batch)
@@ -80,7 +77,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     if engine.sites.gated:
         firing = firing * (batch.x @ ups.T)
     writes = _optimise(engine, case, batch, due, layer, firing, settings)
-    neurons = _free(engine, layer, around, len(due))
+    neurons = free_neurons(engine, layer, around.usage, len(due))
     dead = torch.zeros(len(due)) if engine.sites.has_weight(f"layers.{layer}.mlp.up.bias") else None
     gated = engine.sites.gated
     return Adjustment(
@@ -89,7 +86,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
         ops=(
             ReplaceNeurons(
                 layer=layer,
-                neurons=tuple(neurons),
+                neurons=neurons,
                 gate=(STEEPNESS * gates) if gated else None,
                 up=(ups / open_value[:, None]) if gated else STEEPNESS * gates,
                 down=(writes if gated else writes / open_value[:, None]).T.contiguous(),
@@ -98,46 +95,6 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
         ),
         note=f"Neurons taken in layer {layer}: {len(due)}. They say: {case.wanted}",
     )
-
-
-def _layer(engine: TransformersEngine, settings: MethodSettings) -> int:
-    """The wished layer; or the first of a few late ones that has spare neurons left, else the one with fewest patches.
-
-    Patches of one layer read what no other of them moves, so they are kept together while there is room.
-    """
-    if settings.layer is not None:
-        engine.sites.check_layer(settings.layer)
-        return settings.layer
-    taken, layers = _taken(engine), patchable_layers(engine.sites.layers)
-    roomy = [each for each in layers if len(taken.get(each, ())) + USUAL <= engine.sites.spare_of(each)]
-    return roomy[0] if roomy else min(layers, key=lambda each: len(taken.get(each, ())))
-
-
-def _taken(engine: TransformersEngine) -> dict[int, set[int]]:
-    """Neurons that active changes have replaced."""
-    taken: dict[int, set[int]] = {}
-    for active in engine.state:
-        for op in active.adjustment.ops:
-            if isinstance(op, ReplaceNeurons):
-                taken.setdefault(op.layer, set()).update(op.neurons)
-    return taken
-
-
-def _free(engine: TransformersEngine, layer: int, around: Surroundings, count: int) -> list[int]:
-    """Neurons that no active change has taken: spare ones while there are any, then the least used of the layer's own.
-
-    Super neurons, the most used ones, are never among them.
-    """
-    taken = _taken(engine).get(layer, set())
-    own = engine.sites.neurons_of(layer)
-    spare = range(own, own + engine.sites.spare_of(layer))
-    free = [neuron for neuron in (*spare, *around.usage.argsort().tolist()) if neuron not in taken]
-    if len(free) < count + own // 2:
-        raise NoMendFound(
-            f"More than half of the neurons of layer {layer} hold patches already.",
-            hint="Undo some changes, or name another layer.",
-        )
-    return sorted(free[:count])
 
 
 def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:

@@ -83,10 +83,13 @@ def _compute(
     plain: str,
     progress: bool,
 ) -> dict[int, Surroundings]:
-    prompts = [engine.encode((Message("user", question),)) for question in questions]
+    # A context that is too short for a reply, as that of a toy, holds what it can.
+    context = engine.info.context or _PLAIN_ROW
+    prompts = [engine.encode((Message("user", question),))[: max(1, context - _REPLY)] for question in questions]
     ids = [token for part in plain.split("\n\n") for token in engine.format.encode_text(part + "\n\n")][:_PLAIN_TOKENS]
     lead = prompts[0][:1]
-    rows = [lead + ids[start : start + _PLAIN_ROW] for start in range(0, len(ids), _PLAIN_ROW)]
+    step = min(_PLAIN_ROW, context - len(lead))
+    rows = [lead + ids[start : start + step] for start in range(0, len(ids), step)]
     sums = {layer: _Sums(engine, layer) for layer in layers}
     with (
         Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
@@ -104,7 +107,7 @@ def _compute(
             _read(engine, rows[start : start + _BATCH], sums, _PLAIN_SHARE)
             bar.advance(task, len(rows[start : start + _BATCH]))
         for same in reworded:
-            prompts = [engine.encode((Message("user", text),)) for text in same]
+            prompts = [engine.encode((Message("user", text),))[:context] for text in same]
             for layer, found in sums.items():
                 read = engine.read(prompts, [len(prompt) - 1 for prompt in prompts], layer)
                 found.same(torch.cat([ends for _, ends in read]))

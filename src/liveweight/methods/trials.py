@@ -32,7 +32,7 @@ class Outcome:
     """How the model answers in each of a case's contexts, teacher-forced."""
 
     logprobs: Tensor  # (contexts,) of the target through its key, in nats
-    said: Tensor  # (contexts,) whether greedy decoding gives exactly that
+    said: Tensor  # (contexts,) whether greedy decoding gives exactly that; its key alone, behind a text's own opening
     gone: Tensor  # (contexts,) whether greedy decoding leaves the judged answer where it parts from the target
 
     @property
@@ -55,15 +55,18 @@ def outcome(
     extra = (Active(trial),) if trial is not None else ()
     with engine.preview((*engine.state, *extra)):
         scores = engine.score(items)
-    gone = []
+    gone, said = [], []
     for context, score in zip(contexts, scores, strict=True):
+        # How the model opens its reply to a text that is to be gone on with is its own affair.
+        asked = slice(0 if case.messages else context.key[0], len(keyed(context)))
+        said.append(bool((score.argmax[asked].cpu() == torch.tensor(keyed(context)[asked])).all()))
         apart = parting(case.answer_tokens, context.target)
         judged = torch.tensor(case.answer_tokens[: (apart or 0) + 1])
         seen = score.argmax[: len(judged)]
         gone.append(apart is not None and bool((seen != judged[: len(seen)]).any()))
     return Outcome(
         logprobs=torch.stack([score.logprobs.sum() for score in scores]),
-        said=torch.tensor([score.greedy for score in scores]),
+        said=torch.tensor(said),
         gone=torch.tensor(gone),
     )
 

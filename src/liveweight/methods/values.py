@@ -2,9 +2,9 @@
 
 Owns the search for δ, which is added to what `down` gives at the edit token, for one fact or many at once (the value
 optimisation of "Locating and Editing Factual Associations in GPT", Meng et al. 2022). The paper lets Adam raise the
-answer's likelihood; here the answer's tokens are to lead by a margin, and since the least loss is known to be 0, each
-step has Polyak's length ("Minimization of unsmooth functionals", 1969), which takes a third of the steps. Knows nothing
-of how a weight is made to write it.
+answer's likelihood; here the answer's tokens are to lead by a margin. The least loss of every row is then known to be
+0, and each step is the shortest one that brings all rows there as far as their slopes tell (Gauss and Newton's, damped
+as Levenberg does), which takes a third of the steps. Knows nothing of how a weight is made to write it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from liveweight.engines.base import Message
+from liveweight.engines.half import half_products
 from liveweight.engines.replay import Replay
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Case, Context
@@ -28,9 +29,11 @@ CLOSE = 0.3  # of the margin: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while δ is looked for
 KL_WEIGHT = 1.0  # of what the subject is, in nats
 STEP = 1.0  # how far δ moves a step at most, as a multiple of |W k|
+_EARLIER = 4  # earlier answers about the same subject that are held
 _PATIENCE = 3  # steps that may bring a fact nothing once its answer leads
 _AT_ONCE = 12  # facts that are looked for together
-_WASTE = 1.5  # rows of one batch are at most so many times as long as the shortest of them
+_DAMPING = 0.01  # of the mean squared slope of a fact's rows
+_PADDING = 96  # padded tokens that cost less than a batch more
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,13 @@ class Wished:
 
 @dataclass(frozen=True)
 class _Row:
-    """One sequence: a fact's context with its target, or its subject's essence."""
+    """One sequence: a fact's context with its target, or something else of its subject that is to stay."""
 
     fact: int
     tokens: tuple[int, ...]
     place: int  # of the edit token
-    context: Context | None  # None: what the subject is should stay
+    context: Context | None  # None: what is said at the end should stay
+    held: int = 1  # the number of last positions where that is
 
 
 @dataclass
@@ -67,7 +71,7 @@ class _Batch:
     owner: Tensor  # (n,) whose prediction it is
     goal: Tensor  # (n,) nats by which it should lead
     rivals: Tensor  # (n, k)
-    quiet: tuple[Tensor, Tensor]  # row and column where an essence is predicted
+    quiet: tuple[Tensor, Tensor]  # row and column where something is said that is to stay
     reference: Tensor  # (m, vocabulary) log-probabilities there
 
 
@@ -111,15 +115,27 @@ def _subject(engine: TransformersEngine, context: Context, subject: str) -> tupl
     return engine.format.locate(context.messages, subject)
 
 
-def _essence(engine: TransformersEngine, case: Case) -> tuple[tuple[int, ...], int]:
-    """`{subject} is a` as a chat, and the subject's last token in it; nothing where the subject is not known."""
+def _held(engine: TransformersEngine, fact: int, case: Case) -> Iterator[_Row]:
+    """What else is said of the subject is to stay: `{subject} is a` as a chat, and what earlier changes answered."""
     if not case.subject or _subject(engine, case.contexts[0], case.subject) is None:
-        return (), 0
+        return
     messages = [Message("user", f"{case.subject} is a")]
     span = engine.format.locate(messages, case.subject)
-    if span is None or span[1] < 1:
-        return (), 0  # a replay needs a token before the edited one
-    return tuple(engine.encode(messages)), span[1]
+    if span is not None and span[1] > 0:  # a replay needs a token before the edited one
+        yield _Row(fact, tuple(engine.encode(messages)), span[1], None)
+    names = [tuple(engine.format.encode_text(lead + case.subject)) for lead in (" ", "")]
+    earlier = [(prompt, answer, end) for prompt, answer in case.previous for end in _ends(prompt, names) if end > 0]
+    for prompt, answer, end in earlier[-_EARLIER:]:
+        yield _Row(fact, (*prompt, *answer[:-1]), end, None, held=len(answer))
+
+
+def _ends(prompt: Sequence[int], names: Sequence[tuple[int, ...]]) -> list[int]:
+    """The position of a name's last token where it last stands in a prompt; nothing where it does not."""
+    for start in range(len(prompt) - 1, 0, -1):
+        for name in names:
+            if name and tuple(prompt[start : start + len(name)]) == name:
+                return [start + len(name) - 1]
+    return []
 
 
 def _search(engine: TransformersEngine, cases: Sequence[Case], layer: int, settings: MethodSettings) -> list[Wished]:
@@ -129,12 +145,7 @@ def _search(engine: TransformersEngine, cases: Sequence[Case], layer: int, setti
         for fact, (contexts, places) in enumerate(edited)
         for context, place in zip(contexts, places, strict=True)
     ]
-    rows += [
-        _Row(fact, tokens, place, None)
-        for fact, case in enumerate(cases)
-        for tokens, place in [_essence(engine, case)]
-        if tokens
-    ]
+    rows += [row for fact, case in enumerate(cases) for row in _held(engine, fact, case)]
     batches, keys = [], torch.zeros(len(cases), engine.sites.neurons_of(layer), dtype=torch.float64)
     for group in _alike(rows):
         replay = engine.record([r.tokens for r in group], [r.place for r in group], layers=[layer], neurons=[layer])
@@ -154,10 +165,14 @@ def _search(engine: TransformersEngine, cases: Sequence[Case], layer: int, setti
 def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
     """The rows in groups of like length behind their edit tokens, so that little is padded."""
     group: list[_Row] = []
+    padding = 0
     for row in sorted(rows, key=lambda row: len(row.tokens) - row.place):
-        if group and len(row.tokens) - row.place > _WASTE * (len(group[0].tokens) - group[0].place):
+        if group:
+            more = (len(row.tokens) - row.place) - (len(group[-1].tokens) - group[-1].place)
+            padding += more * len(group)
+        if padding > _PADDING:
             yield group
-            group = []
+            group, padding = [], 0
         group.append(row)
     if group:
         yield group
@@ -179,7 +194,12 @@ def _batch(engine: TransformersEngine, replay: Replay, group: Sequence[_Row], ma
         torch.tensor(part, device=device) for part in (zip(*wanted, strict=True) if wanted else [[]] * 5)
     )
     rows, columns, tokens, owner = rows.long(), columns.long(), tokens.long(), owner.long()
-    ends = [(index, len(row.tokens) - 1 - row.place) for index, row in enumerate(group) if row.context is None]
+    ends = [
+        (index, len(row.tokens) - 1 - row.place - back)
+        for index, row in enumerate(group)
+        if row.context is None
+        for back in range(row.held)
+    ]
     quiet = tuple(torch.tensor(part, device=device).long() for part in (zip(*ends, strict=True) if ends else [[]] * 2))
     with engine.gate.step(), torch.no_grad():
         final = replay.final[rows, columns]
@@ -208,17 +228,21 @@ def _descended(
     short, steps = least.clone(), torch.zeros(facts, dtype=torch.int64)
     since = torch.zeros(facts, dtype=torch.int64, device=device)  # steps that brought a fact nothing
     moving = torch.ones(facts, dtype=torch.bool, device=device)
+    half = half_products(engine.sites.blocks[layer:])
     for step in range(settings.max_steps + 1):
         loss, worst = torch.zeros(facts, device=device), torch.zeros(facts, device=device)
-        gradient = torch.zeros_like(deltas)
+        owners, losses, slopes = [], [], []
         for batch in batches:
             if not bool(moving[batch.facts].any()):
                 continue
-            own = deltas.detach().requires_grad_()
-            each, gaps = _losses(engine, batch, layer, point, own, close)
-            (part,) = torch.autograd.grad(each.sum(), [own])
-            gradient += part
-            loss += each.detach()
+            own = deltas[batch.facts].requires_grad_()
+            with half:
+                each, gaps = _losses(engine, batch, layer, point, own)
+            (slope,) = torch.autograd.grad(each.sum(), [own])
+            owners.append(batch.facts)
+            losses.append(each.detach())
+            slopes.append(slope)
+            loss = loss.index_add(0, batch.facts, each.detach())
             worst = worst.scatter_reduce(0, batch.owner, gaps.detach(), "amax")
         better = moving & (loss < least)
         best[better], least[better], short[better] = deltas[better], loss[better], worst[better]
@@ -228,22 +252,32 @@ def _descended(
         steps[moving.cpu()] = step
         if not bool(moving.any()) or step == settings.max_steps:
             break
-        size = gradient.norm(dim=1).clamp(min=1e-12)
-        length = torch.minimum(loss / size, STEP * sizes) * moving
-        deltas = deltas - gradient / size[:, None] * length[:, None]
+        owner, rows, slope = torch.cat(owners), torch.cat(losses), torch.cat(slopes)
+        for fact in moving.nonzero()[:, 0].tolist():
+            mine = (owner == fact) & (rows > 0)
+            move = _move(rows[mine].double(), slope[mine].double())
+            deltas[fact] += (move * (STEP * sizes[fact] / move.norm()).clamp(max=1.0)).float()
         most = settings.clamp_norm * sizes
         deltas = deltas * (most / deltas.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
     return best, steps, short
 
 
+def _move(losses: Tensor, slopes: Tensor) -> Tensor:
+    """The shortest step (width,) that takes each of some losses (n,) to 0 along its slope (n, width), damped."""
+    gram = slopes @ slopes.T
+    damping = _DAMPING * gram.diagonal().mean().clamp(min=1e-12)
+    solved = torch.linalg.solve(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), losses)
+    move: Tensor = -(slopes.T @ solved)
+    return move
+
+
 def _losses(
-    engine: TransformersEngine, batch: _Batch, layer: int, point: ActivationPoint, deltas: Tensor, close: float
+    engine: TransformersEngine, batch: _Batch, layer: int, point: ActivationPoint, deltas: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each fact's loss (facts,), and what each prediction falls short, (n,)."""
-    mine = deltas[batch.facts]
+    """Each row's loss (rows,) with its own copy of δ (rows, width), and what each prediction falls short, (n,)."""
 
     def add(values: Tensor) -> Tensor:
-        return torch.cat((values[:, :1] + mine[:, None].to(values.dtype), values[:, 1:]), dim=1)
+        return torch.cat((values[:, :1] + deltas[:, None].to(values.dtype), values[:, 1:]), dim=1)
 
     with ExitStack() as held:
         held.enter_context(hooked(engine, point, add))
@@ -252,15 +286,12 @@ def _losses(
         gaps = batch.goal[:0]
         if len(batch.tokens):
             there = final[batch.at]
+            # Whoever leads now is a rival from here on.
+            batch.rivals = torch.cat((batch.rivals, engine.rivals(there.detach(), batch.tokens, 1)), dim=1)
             gaps = torch.relu(batch.goal - engine.leads(there, batch.tokens, batch.rivals)[0])
-            if float(gaps.detach().max()) < close:
-                # As far as the usual rivals go. Whoever else may lead now is looked at too, from here on.
-                others = engine.rivals(there, batch.tokens, 1)
-                batch.rivals = torch.cat((batch.rivals, others), dim=1)
-                gaps = torch.relu(batch.goal - engine.leads(there, batch.tokens, others)[0])
-            loss = loss.index_add(0, batch.owner, gaps)
+            loss = loss.index_add(0, batch.at[0], gaps)
         if len(batch.reference):
             live = engine.unembed(final[batch.quiet]).float().log_softmax(-1)
             moved = (batch.reference.exp() * (batch.reference - live)).sum(-1)
-            loss = loss.index_add(0, batch.facts[batch.quiet[0]], KL_WEIGHT * moved)
+            loss = loss.index_add(0, batch.quiet[0], KL_WEIGHT * moved)
     return loss, gaps

@@ -4,11 +4,12 @@ from liveweight.sites.architectures import ARCHITECTURES, Architecture, Piece
 from liveweight.sites.model_sites import ModelSites, Norm, model_sites
 from liveweight.sites.points import ActivationPoint
 from liveweight.sites.runtimes import obstacles, require_writable
-from liveweight.sites.spare_neurons import SPARE, patchable_layers, with_spare_neurons
+from liveweight.sites.spare_neurons import EARLY, SPARE, patchable_layers, subject_layers, with_spare_neurons
 from liveweight.sites.views import Region, WeightView
 
 __all__ = [
     "ARCHITECTURES",
+    "EARLY",
     "SPARE",
     "ActivationPoint",
     "Architecture",
@@ -21,5 +22,6 @@ __all__ = [
     "obstacles",
     "patchable_layers",
     "require_writable",
+    "subject_layers",
     "with_spare_neurons",
 ]

@@ -2,8 +2,9 @@
 
 Every neuron of a trained model is used somewhere: on the embedded model, taking the eight least used ones of a late
 layer away changes the greedy answers to 2.8 % of the guard's probes (one: 0.5 %). A spare neuron costs nothing to take.
-The base is therefore the checkpoint with some spare neurons in a few late layers; it says what the checkpoint says,
-since a neuron whose weights are all zero adds zero.
+The base is therefore the checkpoint with some spare neurons in a few late layers, where it is about to say something,
+and in a few early ones, where it has just read what it is asked about; it says what the checkpoint says, since a neuron
+whose weights are all zero adds zero.
 
 Owns growing the MLPs of a model that was just loaded. The new neurons have sites of their own
 (`layers.{l}.mlp.spare.up.weight`), and every other site stays what it is in the checkpoint, so that an op means the
@@ -19,22 +20,30 @@ from liveweight.sites.model_sites import ADDED, ModelSites, model_sites
 from liveweight.sites.views import WeightView
 
 DEPTH = 0.77  # relative depth of the first layer with spare neurons: late enough to know what is about to be said
-SPREAD = 3  # layers that have some
+EARLY = 1 / 6  # of the first early layer that has some: a subject of several tokens has been put together there
+SPREAD = 3  # late layers that have some, and early ones
 SPARE = 256  # neurons of each
 
 
 def patchable_layers(layers: int) -> range:
-    """The layers that get spare neurons in a model of so many: never the last one, where there are others."""
+    """The late layers that get spare neurons in a model of so many: never the last one, where there are others."""
     first = min(round(DEPTH * layers), max(layers - 2, 0))
     return range(first, max(min(first + SPREAD, layers - 1), first + 1))
 
 
+def subject_layers(layers: int) -> range:
+    """The early layers that do: never the last one, where there are others."""
+    first = min(round(EARLY * layers), max(layers - 2, 0))
+    return range(first, max(min(first + SPREAD, layers - 1), first + 1))
+
+
 def with_spare_neurons(sites: ModelSites, count: int = SPARE) -> ModelSites:
-    """The sites of the same model with `count` spare neurons in each patchable layer whose MLP is dense.
+    """The sites of the same model with `count` spare neurons in each early and late layer whose MLP is dense.
 
     The model's parameters there are new objects afterwards. A model is grown once: later calls change nothing.
     """
-    layers = [layer for layer in patchable_layers(sites.layers) if not sites.experts_of(layer)]
+    wished = {*subject_layers(sites.layers), *patchable_layers(sites.layers)}
+    layers = [layer for layer in sorted(wished) if not sites.experts_of(layer)]
     if count <= 0 or not layers or any(sites.spare_of(layer) for layer in layers):
         return sites
     with torch.no_grad():

@@ -1,0 +1,153 @@
+"""implant: one new neuron in an early layer, which knows a subject by its name and writes what was wished of it.
+
+rome writes the same value with a change of rank one, which answers in proportion to a key's likeness: everything that
+is read moves a little, and answers that were near ties change. A neuron has a threshold. Its gate is fitted in closed
+form so that it is open where the subject's last token is read, whatever stands around it, and shut for other names, for
+the other words of the same text, for everyday chats and for plain text; what it writes there is looked for in
+values.py. A question that nobody thought of finds the fact, since it has to name the subject.
+
+    gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge
+    up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)
+    down  d = δ
+
+k is the mean MLP input x₊ at the subject's last token, M and m are moment and mean of all that is to be left alone.
+After the neuron for a mistake of "Transformer-Patcher: One Mistake Worth One Neuron" (Huang et al., ICLR 2023), put
+where "Locating and Editing Factual Associations in GPT" (Meng et al. 2022) finds facts to be recalled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from liveweight.adjustments import Adjustment, ReplaceNeurons
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import NoMendFound
+from liveweight.methods.base import Answered, Case
+from liveweight.methods.gates import SUBJECT, fit_subject
+from liveweight.methods.room import free_neurons, roomy_layer
+from liveweight.methods.surroundings import surroundings
+from liveweight.methods.trials import chosen_contexts, named, no_mend, outcome, works
+from liveweight.methods.values import edit_tokens, wished_values
+from liveweight.methods.wording import passages
+from liveweight.settings import MethodSettings
+from liveweight.sites import subject_layers
+
+STEEPNESS = 20.0  # the gate's scale: act(-20) is nothing
+ELSEWHERE = 16  # sentences behind which a gate is to be open too
+PREVIOUS = 16  # earlier answers, those to the most alike prompts, that a gate is shut for
+
+
+def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
+    """One new neuron that gives the targets wherever the subject is named.
+
+    Raises NoMendFound where the case names no subject or the best value within the norm and the steps does not do it,
+    Unsupported for a layer of experts.
+    """
+    before = outcome(engine, case)
+    found = propose_all(engine, [case], settings)
+    if not works(case, outcome(engine, case, found), before):
+        raise no_mend("implant", case, [found.note])
+    return found
+
+
+def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+    """One change for all the cases, with a neuron for each subject. Whether each works is not looked at.
+
+    Raises as `propose` does.
+    """
+    layers = subject_layers(engine.sites.layers)
+    subjects = _by_subject(cases)
+    layer = roomy_layer(engine, layers, settings, len(subjects))
+    around = surroundings(engine, sorted({*layers, layer}))[layer]
+    read = [[_own(engine, case, layer) for case in about] for about in subjects]
+    own = [torch.cat([each for each, _ in reads]) for reads in read]
+    every = settings.model_copy(update={"max_contexts": settings.max_contexts * len(cases)})
+    wished = wished_values(engine, [_merged(about, settings) for about in subjects], layer, every)
+    gates, ups = [], []
+    for number, about in enumerate(subjects):
+        others = [each for index, each in enumerate(own) if index != number]
+        groups = [each for _, each in read[number]], [_left_alone(engine, case, layer) for case in about], others
+        gate, up = fit_subject(own[number], around, [torch.cat(group) for group in groups if group])
+        gates.append(gate)
+        ups.append(up)
+    count, steps = len(subjects), sum(each.steps for each in wished)
+    act = engine.sites.activation_function(layer)
+    assert act is not None, layer
+    opened = act(torch.tensor(STEEPNESS * SUBJECT.opens, device=gates[0].device))
+    gate, up = STEEPNESS * torch.stack(gates), torch.stack(ups)
+    writes = torch.stack([each.delta for each in wished]).float()  # (subjects, width)
+    gated = engine.sites.gated
+    return Adjustment(
+        name=named("implant", cases[0]) if len(cases) == 1 else f"implant: {len(cases)} facts",
+        method="implant",
+        ops=(
+            ReplaceNeurons(
+                layer=layer,
+                neurons=free_neurons(engine, layer, around.usage, count),
+                gate=gate if gated else None,
+                up=up / opened if gated else gate,
+                down=(writes if gated else writes / opened).T.contiguous(),
+                bias=torch.zeros(count) if engine.sites.has_weight(f"layers.{layer}.mlp.up.bias") else None,
+            ),
+        ),
+        note=f"New neurons in layer {layer}: {count}, open where the subject is named; {steps} steps.",
+    )
+
+
+def _by_subject(cases: Sequence[Case]) -> list[list[Case]]:
+    """Facts about one subject share its neuron: two that both open there would write over each other."""
+    found: dict[str | None, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case.subject, []).append(case)
+    return list(found.values())
+
+
+def _merged(about: Sequence[Case], settings: MethodSettings) -> Case:
+    """One case for all that is wished of a subject, with the contexts that each fact is looked for in."""
+    chosen = [chosen_contexts(case, settings) for case in about]
+    contexts = [each for together in zip_longest(*chosen) for each in together if each is not None]
+    return replace(about[0], contexts=tuple(contexts))
+
+
+def _own(engine: TransformersEngine, case: Case, layer: int) -> tuple[Tensor, Tensor]:
+    """What the MLP reads at the subject's last token, (contexts, width), and at the prompts' other tokens."""
+    contexts, places = edit_tokens(engine, case, case.contexts) if case.subject else ((), ())
+    if not contexts or all(place == len(each.prompt) - 1 for each, place in zip(contexts, places, strict=True)):
+        raise NoMendFound(
+            "implant needs a subject, and no text before the end of the question names one.",
+            hint="Say what the question is about (subject), or choose another method.",
+        )
+    reads = _read(engine, [(each.prompt, ()) for each in contexts], layer)
+    at = [place - start for place, (start, _) in zip(places, reads, strict=True)]
+    own = torch.stack([read[place] for place, (_, read) in zip(at, reads, strict=True)])
+    own = torch.cat((own, _elsewhere(engine, str(case.subject), layer)))
+    rest = [torch.cat((read[:place], read[place + 1 :])) for place, (_, read) in zip(at, reads, strict=True)]
+    return own, torch.cat(rest)
+
+
+def _elsewhere(engine: TransformersEngine, subject: str, layer: int) -> Tensor:
+    """(n, width): what is read at the subject's last token behind sentences that have nothing to do with it."""
+    texts = [f"{sentence} {subject}" for sentence in passages(ELSEWHERE)]
+    rows = [engine.format.encode_text(text, special=True)[-(engine.info.context or 0) :] for text in texts]
+    return torch.cat([read[-1:] for _, read in engine.read(rows, [len(row) - 1 for row in rows], layer)]).float()
+
+
+def _left_alone(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
+    """(m, width): like questions about others, earlier answers, and protected ones that a first try would change."""
+    asked = set(case.contexts[0].prompt)
+    previous = sorted(case.previous, key=lambda pair: -len(asked.intersection(pair[0])))[:PREVIOUS]
+    answered = [*((each.prompt, each.target) for each in case.others), *previous, *case.broken]
+    nothing = torch.empty(0, engine.sites.width, device=engine.model.device)
+    return torch.cat([nothing, *(read for _, read in _read(engine, answered, layer))])
+
+
+def _read(engine: TransformersEngine, answered: Sequence[Answered], layer: int) -> list[tuple[int, Tensor]]:
+    """Where each prompt begins to be its own, and what the MLP reads from there on, (T, width) float32."""
+    starts = [max(1, min(engine.format.beginning_of(prompt), len(prompt) - 1)) for prompt, _ in answered]
+    seen = engine.read([(*prompt, *answer) for prompt, answer in answered], starts, layer)
+    return [(start, read.float()) for start, (_, read) in zip(starts, seen, strict=True)]

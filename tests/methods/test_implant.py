@@ -1,0 +1,104 @@
+"""implant on tiny models: a neuron that is open where its subject is named, and shut elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from liveweight.adjustments import Active, ReplaceNeurons
+from liveweight.engines.base import Message
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import NoMendFound, UnknownSite
+from liveweight.methods import implant, surroundings
+from liveweight.methods.base import Case
+from liveweight.methods.trials import down_output
+from liveweight.methods.values import edit_tokens, wished_values
+from liveweight.settings import MethodSettings
+from liveweight.sites import subject_layers
+from tests.methods.tiny_cases import SUBJECT, tiny_case
+from tests.tracing.tiny_engines import tiny_engine
+
+SETTINGS = MethodSettings(layer=1, max_steps=60, clamp_norm=20)
+
+
+@pytest.fixture(autouse=True)
+def a_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tiny model usually reads is read in a second."""
+    monkeypatch.setattr(surroundings, "everyday_questions", lambda: ["how are you?", "what is two?", "say hello"])
+    monkeypatch.setattr(surroundings, "same_questions", lambda: [["what is two?", "say: what is two?"]])
+    monkeypatch.setattr(surroundings, "_PLAIN_TOKENS", 512)
+
+
+def written(engine: TransformersEngine, prompt: tuple[int, ...], layer: int) -> torch.Tensor:
+    """What a layer's MLP writes at every token of a prompt, (T, width)."""
+    kept: list[torch.Tensor] = []
+    handle = down_output(engine, layer).on(lambda values: kept.append(values.detach().clone()))
+    with torch.no_grad():
+        engine.model(input_ids=torch.tensor([prompt]))
+    handle.remove()
+    return kept[0][0]
+
+
+def placed(engine: TransformersEngine, case: Case) -> dict[tuple[int, ...], int]:
+    return {each.prompt: place for each, place in zip(*edit_tokens(engine, case, case.contexts), strict=True)}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "qwen3"])
+def test_the_value_is_written_at_the_subject_and_hardly_elsewhere(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    case = tiny_case(engine, subject=SUBJECT)
+    found = implant.propose_all(engine, [case], SETTINGS)
+    (op,) = found.ops
+    assert isinstance(op, ReplaceNeurons)
+    assert op.layer == 1
+    assert all(engine.sites.neurons_of(op.layer) <= neuron for neuron in op.neurons)  # spare ones
+    (wished,) = wished_values(engine, [case], 1, SETTINGS)
+    for prompt, place in placed(engine, case).items():
+        before = written(engine, prompt, op.layer)
+        with engine.preview((Active(found),)):
+            moved = (written(engine, prompt, op.layer) - before).norm(dim=1)
+        others = torch.arange(len(prompt)) != place
+        assert float(moved[place]) > 0.3 * float(wished.delta.norm())
+        assert float(moved[others].mean()) < 0.3 * float(moved[place])  # a width of 16 tells few tokens apart
+
+
+def test_each_subject_gets_a_neuron_that_its_facts_share(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    one = tiny_case(engine, subject=SUBJECT)
+    chats = [(Message("user", context.messages[-1].content.replace(SUBJECT, "bob")),) for context in one.contexts]
+    contexts = [
+        replace(c, messages=m, prompt=tuple(engine.encode(m))) for c, m in zip(one.contexts, chats, strict=True)
+    ]
+    other = replace(one, messages=chats[0], contexts=tuple(contexts), subject="bob")
+    found = implant.propose_all(engine, [one, other, one], MethodSettings(max_steps=10))
+    (op,) = found.ops
+    assert isinstance(op, ReplaceNeurons)
+    assert op.layer == subject_layers(engine.sites.layers)[0]
+    assert len(set(op.neurons)) == 2
+    assert op.down.shape == (engine.sites.width, 2)
+
+
+def test_the_next_one_takes_other_neurons(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine, subject=SUBJECT)
+    first = implant.propose_all(engine, [case], SETTINGS)
+    engine.become((Active(first),))
+    second = implant.propose_all(engine, [replace(case, wanted="")], SETTINGS)
+    taken = [op.neurons for each in (first, second) for op in each.ops if isinstance(op, ReplaceNeurons)]
+    assert not set(taken[0]) & set(taken[1])
+
+
+def test_without_a_subject_before_the_end_it_says_what_it_needs(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    with pytest.raises(NoMendFound, match="needs a subject") as refused:
+        implant.propose(engine, tiny_case(engine), SETTINGS)
+    assert "Say what the question is about" in refused.value.hint
+
+
+def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    with pytest.raises(UnknownSite, match="99"):
+        implant.propose(engine, tiny_case(engine, subject=SUBJECT), MethodSettings(layer=99))
