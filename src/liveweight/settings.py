@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     spare_neurons: int = Field(
         default=256,
         ge=0,
-        description="New neurons that each of three early and three late layers gets: room for changes.",
+        description="New neurons that each of three early and three late layers gets; the ledger's must fit.",
     )
     gate: Literal["refresh", "drain"] = Field(
         default="refresh",

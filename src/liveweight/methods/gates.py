@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.methods.base import Case
+from liveweight.methods.base import Answered, Case
 from liveweight.methods.surroundings import Surroundings
 
+STEEPNESS = 20.0  # a gate's scale: act(-20) is nothing
 NEAR = 2.0  # weight of the case's own neighbours beside everyday chats
 AGREE = 0.8  # the share of like questions whose answers are to begin with a token, for its neuron to open freely
 ABOUT = 2.0  # weight of other questions about the same thing, for neurons of a first token
@@ -99,9 +100,7 @@ SUBJECT = _Gate(1.0, 1.0, 0.0, 0.03)  # of a neuron that knows a subject by its 
 
 def neighbours(engine: TransformersEngine, case: Case, layer: int) -> Near:
     """What the MLP reads while it says what is to be left alone."""
-    asked = set(case.contexts[0].prompt)
-    previous = sorted(case.previous, key=lambda pair: -len(asked.intersection(pair[0])))[:PREVIOUS]
-    alike = [*((each.prompt, each.target) for each in case.others), *previous]
+    alike = like_answers(case)
     rows = [*alike, *((each.prompt, each.target) for each in case.about), *case.broken]
     seen = engine.read([(*prompt, *reply) for prompt, reply in rows], [len(prompt) - 1 for prompt, _ in rows], layer)
     reads = [read.float() for _, read in seen]
@@ -117,6 +116,13 @@ def neighbours(engine: TransformersEngine, case: Case, layer: int) -> Near:
         behind=torch.cat([nothing, *(read[1:] for read in reads[:unlike])]),
         broken=reads[unlike:],
     )
+
+
+def like_answers(case: Case) -> list[Answered]:
+    """Prompts and answers of like questions about others, and of earlier changes to the most alike prompts."""
+    asked = set(case.contexts[0].prompt)
+    previous = sorted(case.previous, key=lambda pair: -len(asked.intersection(pair[0])))[:PREVIOUS]
+    return [*((each.prompt, each.target) for each in case.others), *previous]
 
 
 def uncontested(batch: Batch, due: list[int], near: Near) -> list[int]:

@@ -24,12 +24,13 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from liveweight.adjustments import Adjustment, ReplaceNeurons
+from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods.base import Answered, Case
-from liveweight.methods.gates import SUBJECT, fit_subject
-from liveweight.methods.room import free_neurons, roomy_layer
+from liveweight.methods.gates import STEEPNESS, SUBJECT, fit_subject, like_answers
+from liveweight.methods.keys import behind_beginning
+from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import surroundings
 from liveweight.methods.trials import chosen_contexts, named, no_mend, outcome, works
 from liveweight.methods.values import edit_tokens, wished_values
@@ -37,9 +38,7 @@ from liveweight.methods.wording import passages
 from liveweight.settings import MethodSettings
 from liveweight.sites import subject_layers
 
-STEEPNESS = 20.0  # the gate's scale: act(-20) is nothing
 ELSEWHERE = 16  # sentences behind which a gate is to be open too
-PREVIOUS = 16  # earlier answers, those to the most alike prompts, that a gate is shut for
 
 
 def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
@@ -78,23 +77,13 @@ def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: Met
     count, steps = len(subjects), sum(each.steps for each in wished)
     act = engine.sites.activation_function(layer)
     assert act is not None, layer
-    opened = act(torch.tensor(STEEPNESS * SUBJECT.opens, device=gates[0].device))
     gate, up = STEEPNESS * torch.stack(gates), torch.stack(ups)
+    opened = act(torch.full((count,), STEEPNESS * SUBJECT.opens, device=gate.device))
     writes = torch.stack([each.delta for each in wished]).float()  # (subjects, width)
-    gated = engine.sites.gated
     return Adjustment(
         name=named("implant", cases[0]) if len(cases) == 1 else f"implant: {len(cases)} facts",
         method="implant",
-        ops=(
-            ReplaceNeurons(
-                layer=layer,
-                neurons=free_neurons(engine, layer, around.usage, count),
-                gate=gate if gated else None,
-                up=up / opened if gated else gate,
-                down=(writes if gated else writes / opened).T.contiguous(),
-                bias=torch.zeros(count) if engine.sites.has_weight(f"layers.{layer}.mlp.up.bias") else None,
-            ),
-        ),
+        ops=(new_neurons(engine, layer, around.usage, gate, up, opened, writes),),
         note=f"New neurons in layer {layer}: {count}, open where the subject is named; {steps} steps.",
     )
 
@@ -139,15 +128,13 @@ def _elsewhere(engine: TransformersEngine, subject: str, layer: int) -> Tensor:
 
 def _left_alone(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
     """(m, width): like questions about others, earlier answers, and protected ones that a first try would change."""
-    asked = set(case.contexts[0].prompt)
-    previous = sorted(case.previous, key=lambda pair: -len(asked.intersection(pair[0])))[:PREVIOUS]
-    answered = [*((each.prompt, each.target) for each in case.others), *previous, *case.broken]
+    answered = [*like_answers(case), *case.broken]
     nothing = torch.empty(0, engine.sites.width, device=engine.model.device)
     return torch.cat([nothing, *(read for _, read in _read(engine, answered, layer))])
 
 
 def _read(engine: TransformersEngine, answered: Sequence[Answered], layer: int) -> list[tuple[int, Tensor]]:
     """Where each prompt begins to be its own, and what the MLP reads from there on, (T, width) float32."""
-    starts = [max(1, min(engine.format.beginning_of(prompt), len(prompt) - 1)) for prompt, _ in answered]
+    starts = [behind_beginning(engine, each) for each in answered]
     seen = engine.read([(*prompt, *answer) for prompt, answer in answered], starts, layer)
     return [(start, read.float()) for start, (_, read) in zip(starts, seen, strict=True)]

@@ -27,7 +27,7 @@ def answer_keys(
     if not answered:
         return torch.empty(0, engine.sites.neurons_of(layer), device=engine.model.device)
     rows = [(*prompt, *answer) for prompt, answer in answered]
-    starts = [_behind_beginning(engine, each) if prompts else max(1, len(each[0]) - 1) for each in answered]
+    starts = [behind_beginning(engine, each) if prompts else max(1, len(each[0]) - 1) for each in answered]
     return torch.cat(_read(engine, rows, starts, layer)).float()
 
 
@@ -40,7 +40,7 @@ def base_keys(engine: TransformersEngine, answered: Sequence[Answered], layer: i
     missing = [each for each in dict.fromkeys(answered) if each not in known]
     for start in range(0, len(missing), _ROWS):
         batch = missing[start : start + _ROWS]
-        starts = [_behind_beginning(engine, each) for each in batch]
+        starts = [behind_beginning(engine, each) for each in batch]
         with engine.preview(()):
             read = _read(engine, [(*prompt, *answer) for prompt, answer in batch], starts, layer)
         known.update({each: keys.float() for each, keys in zip(batch, read, strict=True)})
@@ -48,7 +48,7 @@ def base_keys(engine: TransformersEngine, answered: Sequence[Answered], layer: i
     return torch.cat([nothing, *(known[each] for each in answered)])
 
 
-def _behind_beginning(engine: TransformersEngine, answered: Answered) -> int:
+def behind_beginning(engine: TransformersEngine, answered: Answered) -> int:
     """Where a prompt begins to be its own; at 1 at least, since a recording needs a token before."""
     prompt = answered[0]
     return max(1, min(engine.format.beginning_of(prompt), len(prompt) - 1))

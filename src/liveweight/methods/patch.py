@@ -27,17 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from liveweight.adjustments import Adjustment, ReplaceNeurons
+from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods.base import Case
-from liveweight.methods.gates import OPENING, Batch, fit, neighbours, uncontested
-from liveweight.methods.room import free_neurons, roomy_layer
+from liveweight.methods.gates import OPENING, STEEPNESS, Batch, fit, neighbours, uncontested
+from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import surroundings
 from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
 
-STEEPNESS = 20.0  # the gate's scale: act(-20) is nothing
 MARGIN = 4.0  # nats by which a mended token is to lead
 CLOSE = 0.3  # of MARGIN: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while the neurons are optimised
@@ -77,22 +76,10 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     if engine.sites.gated:
         firing = firing * (batch.x @ ups.T)
     writes = _optimise(engine, case, batch, due, layer, firing, settings)
-    neurons = free_neurons(engine, layer, around.usage, len(due))
-    dead = torch.zeros(len(due)) if engine.sites.has_weight(f"layers.{layer}.mlp.up.bias") else None
-    gated = engine.sites.gated
     return Adjustment(
         name=f"{case.kind}: {case.question[:60]}",
         method="patch",
-        ops=(
-            ReplaceNeurons(
-                layer=layer,
-                neurons=neurons,
-                gate=(STEEPNESS * gates) if gated else None,
-                up=(ups / open_value[:, None]) if gated else STEEPNESS * gates,
-                down=(writes if gated else writes / open_value[:, None]).T.contiguous(),
-                bias=dead,
-            ),
-        ),
+        ops=(new_neurons(engine, layer, around.usage, STEEPNESS * gates, ups, open_value, writes),),
         note=f"Neurons taken in layer {layer}: {len(due)}. They say: {case.wanted}",
     )
 

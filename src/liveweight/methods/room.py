@@ -1,13 +1,14 @@
 """Room for new neurons: which of a layer's are free to be replaced.
 
-Owns the order in which they are taken: spare ones first, then the least used of the layer's own. Knows nothing of what
-a new neuron does.
+Owns the order in which they are taken: spare ones first, then the least used of the layer's own; and how a new neuron
+is put in a layer that is gated, or not. Knows nothing of when it is open and of what it writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from liveweight.adjustments import ReplaceNeurons
@@ -52,6 +53,25 @@ def free_neurons(engine: TransformersEngine, layer: int, usage: Tensor, count: i
             hint="Undo some changes, name another layer, or give more spare_neurons.",
         )
     return tuple(sorted(free[:count]))
+
+
+def new_neurons(
+    engine: TransformersEngine, layer: int, usage: Tensor, gates: Tensor, ups: Tensor, opened: Tensor, writes: Tensor
+) -> ReplaceNeurons:
+    """Free neurons that write `writes` (n, width) where they are open. Raises as `free_neurons` does.
+
+    `gates` and `ups` (n, width) are their rows, `opened` (n,) what the activation function gives where they are open.
+    In a layer without gates the gate row is the one that reads, and `ups` is not needed.
+    """
+    count, gated = len(gates), engine.sites.gated
+    return ReplaceNeurons(
+        layer=layer,
+        neurons=free_neurons(engine, layer, usage, count),
+        gate=gates if gated else None,
+        up=ups / opened[:, None] if gated else gates,
+        down=(writes if gated else writes / opened[:, None]).T.contiguous(),
+        bias=torch.zeros(count) if engine.sites.has_weight(f"layers.{layer}.mlp.up.bias") else None,
+    )
 
 
 def _taken(engine: TransformersEngine) -> dict[int, set[int]]:

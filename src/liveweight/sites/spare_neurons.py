@@ -27,13 +27,16 @@ SPARE = 256  # neurons of each
 
 def patchable_layers(layers: int) -> range:
     """The late layers that get spare neurons in a model of so many: never the last one, where there are others."""
-    first = min(round(DEPTH * layers), max(layers - 2, 0))
-    return range(first, max(min(first + SPREAD, layers - 1), first + 1))
+    return _layers_from(DEPTH, layers)
 
 
 def subject_layers(layers: int) -> range:
     """The early layers that do: never the last one, where there are others."""
-    first = min(round(EARLY * layers), max(layers - 2, 0))
+    return _layers_from(EARLY, layers)
+
+
+def _layers_from(depth: float, layers: int) -> range:
+    first = min(round(depth * layers), max(layers - 2, 0))
     return range(first, max(min(first + SPREAD, layers - 1), first + 1))
 
 
