@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 _NATIVE = ("avx512_bf16", "amx_bf16")
 
 
-def half_products(blocks: Iterable[nn.Module]) -> AbstractContextManager[object]:
-    """A context in which the linear layers of `blocks` multiply in bfloat16, with inputs and outputs in float32.
+def half_products(modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
+    """A context in which the linear layers in `modules` multiply in bfloat16, with inputs and outputs in float32.
 
     It may be entered again and again; the rounded weights are those of the first use. Does nothing where it would not
     pay. Gradients flow to the inputs, not to the weights.
     """
-    linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+    linears = [module for part in modules for module in part.modules() if isinstance(module, nn.Linear)]
     weights = [linear.weight for linear in linears]
     if not weights or not _pays(weights[0]):
         return nullcontext()

@@ -107,14 +107,20 @@ class Branches:
             elif parent != _ROOT:
                 sees[place, [column[each] for each in self._line(parent)]] = True
             sees[place, len(before) + place] = True
-        window, kinds = getattr(self._config, "sliding_window", None), getattr(self._config, "layer_types", None)
-        if not window or (kinds and "sliding_attention" not in kinds):
-            return self._added(sees)
-        depths = torch.tensor([*(self.depths[node] for node in before), *self.depths[first:last]])
-        near = sees & (depths[len(before) :, None] - depths[None, :] < window)
-        if not kinds:
-            return self._added(near)
-        return {"full_attention": self._added(sees), "sliding_attention": self._added(near)}
+        return self._added_by_kind(sees, [*(self.depths[node] for node in before), *self.depths[first:last]])
+
+    def mask_behind(self, paths: Sequence[Sequence[int]], lengths: Sequence[int], before: Sequence[int]) -> Any:
+        """The same for new tokens that are no nodes: `lengths[i]` of them behind path i, one path's after another's."""
+        column = {node: place for place, node in enumerate(before)}
+        sees = torch.zeros(sum(lengths), len(before) + sum(lengths), dtype=torch.bool)
+        depths, first = [self.depths[node] for node in before], 0
+        for path, length in zip(paths, lengths, strict=True):
+            own, place = slice(first, first + length), len(before) + first
+            sees[own, [column[node] for node in path]] = True
+            sees[own, place : place + length] = torch.ones(length, length, dtype=torch.bool).tril()
+            depths += range(len(path), len(path) + length)
+            first += length
+        return self._added_by_kind(sees, depths)
 
     def _line(self, node: int) -> list[int]:
         """A node and all before it on its branch."""
@@ -123,6 +129,17 @@ class Branches:
             line.append(node)
             node = self.parents[node]
         return line
+
+    def _added_by_kind(self, sees: Tensor, depths: Sequence[int]) -> Any:
+        """`sees` (new, all) as a mask, where `depths` (all,) say how far from the beginning each token is."""
+        window, kinds = getattr(self._config, "sliding_window", None), getattr(self._config, "layer_types", None)
+        if not window or (kinds and "sliding_attention" not in kinds):
+            return self._added(sees)
+        depth = torch.tensor(depths)
+        near = sees & (depth[-len(sees) :, None] - depth[None, :] < window)
+        if not kinds:
+            return self._added(near)
+        return {"full_attention": self._added(sees), "sliding_attention": self._added(near)}
 
     def _added(self, sees: Tensor) -> Tensor:
         dtype = self._like.dtype
@@ -170,6 +187,13 @@ class PrefixTree:
             shape = (len(taken[0]), len(paths), longest, -1)
             found.append((taken[0].view(shape).transpose(0, 1), taken[1].view(shape).transpose(0, 1)))
         return found, real
+
+    def past_once(self, paths: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[KeysAndValues, Any]:
+        """Keys and values of all nodes of some paths, once each, in one row; and the mask of `Branches.mask_behind`."""
+        before = sorted({node for path in paths for node in path})
+        index = torch.tensor(before, dtype=torch.int64, device=self.final.device)
+        past = [(keys.index_select(2, index), values.index_select(2, index)) for keys, values in self._layers]
+        return past, self._branches.mask_behind(paths, lengths, before)
 
     # ------------------------------------------------------------------------------------------------- internal
 

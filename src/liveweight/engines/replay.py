@@ -4,7 +4,8 @@ Owns the three-part batch that methods and the guard spend their time in:
 
     shared prefix (one row) | each row's own middle, padded on the left | each row's suffix, padded on the right
 
-Prefix and middle are run once and kept as keys and values. The suffix is what a change is tried on: its input to any
+or, packed, the suffixes one after another in a single row, with a mask that tells them apart and nothing padded. Prefix
+and middle are run once and kept as keys and values. The suffix is what a change is tried on: its input to any
 recorded layer is kept, so that a trial runs only the layers from the changed one up. Blocks are called with the very
 arguments that the model itself called them with, so this works for every architecture. Reads the model; what a trial
 changes is the caller's.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -53,11 +55,12 @@ class Replay:
     sites: ModelSites
     rows: list[list[int]]
     starts: list[int]
-    ids: Tensor  # (B, T) the suffixes, padded on the right
+    ids: Tensor  # (B, T) the suffixes, padded on the right; (1, sum of T) where they are packed
     final: Tensor  # (B, T, width) as the unembedding reads it, under the weights of the recording
     inputs: dict[int, Tensor]  # layer -> (B, T, width), what the block was given
     neurons: dict[int, Tensor]  # layer -> (B, T, neurons)
     mlp_inputs: dict[int, Tensor] = field(default_factory=dict)  # layer -> (B, T, width), what the MLP read
+    packed: list[int] | None = None  # where each suffix begins in the one row
     _calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False, default_factory=list)
 
     @property
@@ -69,9 +72,10 @@ class Replay:
         """Each suffix's own number of tokens."""
         return [len(row) - start for row, start in zip(self.rows, self.starts, strict=True)]
 
-    def column(self, row: int, position: int) -> int:
-        """Where a row's absolute position lies in the suffix."""
-        return position - self.starts[row]
+    def at(self, row: int, position: int) -> tuple[int, int]:
+        """Where a row's absolute position, in its suffix, lies in what is computed."""
+        behind = position - self.starts[row]
+        return (row, behind) if self.packed is None else (0, self.packed[row] + behind)
 
     def run(self, layer: int, hidden: Tensor | None = None) -> Tensor:
         """The blocks from `layer` up and the final norm: (B, T, width). Weights and hooks of now are what counts."""
@@ -118,25 +122,35 @@ def record(
     final: bool = True,
     tree: PrefixTree | None = None,
     pad: int = 0,
+    packed: bool = False,
 ) -> Replay:
     """Run a batch once and keep what a replay needs; what stands before the suffixes comes from `tree`, if given.
 
     `rows` are whole token sequences, `starts` where each one's suffix begins (at least 1); the inputs of the blocks in
     `layers`, the neurons of the layers in `neurons` and what the MLPs in `mlp_inputs` read are kept. Where `final` is
-    not asked for, the blocks behind all of these only hand on what they get, and `final` means nothing.
+    not asked for, the blocks behind all of these only hand on what they get, and `final` means nothing. `packed` asks
+    for the suffixes in one row, as far as there is a `tree`.
     """
     sequences = [list(row) for row in rows]
     device = next(model.parameters()).device
     count = len(sequences)
-    past, seen = _past(model, sequences, starts, tree, pad)
-    real = torch.tensor(seen, device=device)
-
     suffixes = [row[start:] for row, start in zip(sequences, starts, strict=True)]
-    longest = max(map(len, suffixes))
-    ids = torch.tensor([suffix + [pad] * (longest - len(suffix)) for suffix in suffixes], device=device)
-    real = torch.cat((real, real.new_ones(count, longest)), dim=1)
-    positions = torch.stack([torch.arange(start, start + longest, device=device) for start in starts])
-    replay = Replay(model, sites, sequences, list(starts), ids, torch.empty(0), {}, {})
+    lengths = [len(suffix) for suffix in suffixes]
+    offsets: list[int] | None = None
+    if packed and tree is not None:
+        paths = tree.extend([row[:start] for row, start in zip(sequences, starts, strict=True)])
+        past, real = tree.past_once(paths, lengths)
+        offsets = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        ids = torch.tensor([list(chain.from_iterable(suffixes))], device=device)
+        places = [range(start, len(row)) for row, start in zip(sequences, starts, strict=True)]
+        positions = torch.tensor([list(chain.from_iterable(places))], device=device)
+    else:
+        past, seen = _past(model, sequences, starts, tree, pad)
+        longest = max(lengths)
+        real = torch.cat((torch.tensor(seen, device=device), torch.ones(count, longest, device=device).long()), dim=1)
+        ids = torch.tensor([suffix + [pad] * (longest - len(suffix)) for suffix in suffixes], device=device)
+        positions = torch.stack([torch.arange(start, start + longest, device=device) for start in starts])
+    replay = Replay(model, sites, sequences, list(starts), ids, torch.empty(0), {}, {}, packed=offsets)
 
     def before(index: int) -> Any:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -385,6 +385,7 @@ class TransformersEngine:
         neurons: Sequence[int] = (),
         mlp_inputs: Sequence[int] = (),
         final: bool = True,
+        packed: bool = False,
     ) -> Replay:
         """Run a batch once under the present weights, keeping what trials need; see `replay.record`."""
         with self.gate.step(), self.activations.prompt([start + 1 for start in starts]), torch.no_grad():
@@ -399,6 +400,7 @@ class TransformersEngine:
                 final=final,
                 tree=self._tree(),
                 pad=self.format.pad_token,
+                packed=packed,
             )
 
     def unembed(self, final: Tensor) -> Tensor:

@@ -123,7 +123,9 @@ def _elsewhere(engine: TransformersEngine, subject: str, layer: int) -> Tensor:
     """(n, width): what is read at the subject's last token behind sentences that have nothing to do with it."""
     texts = [f"{sentence} {subject}" for sentence in passages(ELSEWHERE)]
     rows = [engine.format.encode_text(text, special=True)[-(engine.info.context or 0) :] for text in texts]
-    return torch.cat([read[-1:] for _, read in engine.read(rows, [len(row) - 1 for row in rows], layer)]).float()
+    replay = engine.record(rows, [1] * len(rows), mlp_inputs=[layer], final=False)
+    ends = torch.tensor(replay.lengths()) - 1
+    return replay.mlp_inputs[layer][torch.arange(len(rows)), ends].float()
 
 
 def _left_alone(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
@@ -136,5 +138,8 @@ def _left_alone(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
 def _read(engine: TransformersEngine, answered: Sequence[Answered], layer: int) -> list[tuple[int, Tensor]]:
     """Where each prompt begins to be its own, and what the MLP reads from there on, (T, width) float32."""
     starts = [behind_beginning(engine, each) for each in answered]
-    seen = engine.read([(*prompt, *answer) for prompt, answer in answered], starts, layer)
-    return [(start, read.float()) for start, (_, read) in zip(starts, seen, strict=True)]
+    if not answered:
+        return []
+    replay = engine.record([(*prompt, *answer) for prompt, answer in answered], starts, mlp_inputs=[layer], final=False)
+    reads = replay.mlp_inputs[layer].float()
+    return [(start, reads[row, :own]) for row, (start, own) in enumerate(zip(starts, replay.lengths(), strict=True))]

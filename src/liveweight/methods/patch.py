@@ -170,7 +170,7 @@ def _optimise(
         final=False,
     )
     places = [
-        (row, replay.column(row, len(context.prompt) - 1 + step), step)
+        (*replay.at(row, len(context.prompt) - 1 + step), step)
         for row, (context, begin) in enumerate(zip(contexts, first, strict=True))
         for step in range(begin, len(context.target))
         if bool(batch.real[row, step])

@@ -176,7 +176,7 @@ class Predictions:
     def of(cls, replay: Replay, contexts: Sequence[Context], targets: Sequence[Sequence[int]]) -> Predictions:
         """Of `targets[i]` behind the prompt of context i, which is row i of the replay."""
         places = [
-            (row, replay.column(row, len(context.prompt) - 1 + step), token)
+            (*replay.at(row, len(context.prompt) - 1 + step), token)
             for row, (context, target) in enumerate(zip(contexts, targets, strict=True))
             for step, token in enumerate(target)
         ]

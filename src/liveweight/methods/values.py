@@ -10,7 +10,7 @@ as Levenberg does), which takes a third of the steps. Knows nothing of how a wei
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,7 @@ KL_WEIGHT = 1.0  # of what the subject is, in nats
 STEP = 1.0  # how far δ moves a step at most, as a multiple of |W k|
 _EARLIER = 4  # earlier answers about the same subject that are held
 _PATIENCE = 3  # steps that may bring a fact nothing once its answer leads
-_AT_ONCE = 12  # facts that are looked for together
 _DAMPING = 0.01  # of the mean squared slope of a fact's rows
-_PADDING = 96  # padded tokens that cost less than a batch more
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ class Wished:
 class _Row:
     """One sequence: a fact's context with its target, or something else of its subject that is to stay."""
 
-    fact: int
     tokens: tuple[int, ...]
     place: int  # of the edit token
     context: Context | None  # None: what is said at the end should stay
@@ -62,16 +59,17 @@ class _Row:
 
 @dataclass
 class _Batch:
-    """Rows of like length, recorded from their edit tokens on."""
+    """Rows that are run together, recorded from their edit tokens on."""
 
     replay: Replay
-    facts: Tensor  # (rows,) whose δ each row gets
-    at: tuple[Tensor, Tensor]  # row and column of each prediction
+    edited: tuple[Tensor, Tensor]  # where in the replay each row's edit token is
+    at: tuple[Tensor, Tensor]  # and each prediction
+    row: Tensor  # (n,) whose prediction it is
     tokens: Tensor  # (n,) what should come there
-    owner: Tensor  # (n,) whose prediction it is
     goal: Tensor  # (n,) nats by which it should lead
     rivals: Tensor  # (n, k)
-    quiet: tuple[Tensor, Tensor]  # row and column where something is said that is to stay
+    quiet: tuple[Tensor, Tensor]  # where something is said that is to stay
+    quiet_row: Tensor  # (m,)
     reference: Tensor  # (m, vocabulary) log-probabilities there
 
 
@@ -79,11 +77,8 @@ def wished_values(
     engine: TransformersEngine, cases: Sequence[Case], layer: int, settings: MethodSettings
 ) -> list[Wished]:
     """The value change δ of each case that gives its targets when it is added at its edit token of one dense layer."""
-    return [
-        each
-        for start in range(0, len(cases), _AT_ONCE)
-        for each in _search(engine, cases[start : start + _AT_ONCE], layer, settings)
-    ]
+    half = half_products([*engine.sites.blocks[layer:], engine.sites.lm_head])
+    return [_search(engine, case, layer, settings, half) for case in cases]
 
 
 def edit_tokens(
@@ -115,18 +110,18 @@ def _subject(engine: TransformersEngine, context: Context, subject: str) -> tupl
     return engine.format.locate(context.messages, subject)
 
 
-def _held(engine: TransformersEngine, fact: int, case: Case) -> Iterator[_Row]:
+def _held(engine: TransformersEngine, case: Case) -> Iterator[_Row]:
     """What else is said of the subject is to stay: `{subject} is a` as a chat, and what earlier changes answered."""
     if not case.subject or _subject(engine, case.contexts[0], case.subject) is None:
         return
     messages = [Message("user", f"{case.subject} is a")]
     span = engine.format.locate(messages, case.subject)
     if span is not None and span[1] > 0:  # a replay needs a token before the edited one
-        yield _Row(fact, tuple(engine.encode(messages)), span[1], None)
+        yield _Row(tuple(engine.encode(messages)), span[1], None)
     names = [tuple(engine.format.encode_text(lead + case.subject)) for lead in (" ", "")]
     earlier = [(prompt, answer, end) for prompt, answer in case.previous for end in _ends(prompt, names) if end > 0]
     for prompt, answer, end in earlier[-_EARLIER:]:
-        yield _Row(fact, (*prompt, *answer[:-1]), end, None, held=len(answer))
+        yield _Row((*prompt, *answer[:-1]), end, None, held=len(answer))
 
 
 def _ends(prompt: Sequence[int], names: Sequence[tuple[int, ...]]) -> list[int]:
@@ -138,128 +133,91 @@ def _ends(prompt: Sequence[int], names: Sequence[tuple[int, ...]]) -> list[int]:
     return []
 
 
-def _search(engine: TransformersEngine, cases: Sequence[Case], layer: int, settings: MethodSettings) -> list[Wished]:
-    edited = [edit_tokens(engine, case, chosen_contexts(case, settings)) for case in cases]
-    rows = [
-        _Row(fact, context.prompt + keyed(context), place, context)
-        for fact, (contexts, places) in enumerate(edited)
-        for context, place in zip(contexts, places, strict=True)
-    ]
-    rows += [row for fact, case in enumerate(cases) for row in _held(engine, fact, case)]
-    batches, keys = [], torch.zeros(len(cases), engine.sites.neurons_of(layer), dtype=torch.float64)
-    for group in _alike(rows):
-        replay = engine.record([r.tokens for r in group], [r.place for r in group], layers=[layer], neurons=[layer])
-        batches.append(_batch(engine, replay, group, settings.margin))
-        for index, row in enumerate(group):
-            if row.context is not None:
-                keys[row.fact] += replay.neurons[layer][index, 0].double().cpu() / len(edited[row.fact][0])
-    keys = keys.to(engine.model.device)
-    values = keys @ engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double().T  # (facts, width)
-    deltas, steps, short = _descended(engine, batches, layer, values.norm(dim=1), settings)
-    return [
-        Wished(contexts, places, keys[fact], values[fact], deltas[fact].double(), int(steps[fact]), float(short[fact]))
-        for fact, (contexts, places) in enumerate(edited)
-    ]
+def _search(
+    engine: TransformersEngine, case: Case, layer: int, settings: MethodSettings, half: AbstractContextManager[object]
+) -> Wished:
+    contexts, places = edit_tokens(engine, case, chosen_contexts(case, settings))
+    rows = [_Row(each.prompt + keyed(each), place, each) for each, place in zip(contexts, places, strict=True)]
+    batch = _batch(engine, [*rows, *_held(engine, case)], layer, settings.margin)
+    key = batch.replay.neurons[layer][batch.edited][: len(rows)].double().mean(0)
+    value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key  # (width,)
+    delta, steps, short = _descended(engine, batch, layer, float(value.norm()), settings, half)
+    return Wished(contexts, places, key, value, delta.double(), steps, short)
 
 
-def _alike(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """The rows in groups of like length behind their edit tokens, so that little is padded."""
-    group: list[_Row] = []
-    padding = 0
-    for row in sorted(rows, key=lambda row: len(row.tokens) - row.place):
-        if group:
-            more = (len(row.tokens) - row.place) - (len(group[-1].tokens) - group[-1].place)
-            padding += more * len(group)
-        if padding > _PADDING:
-            yield group
-            group, padding = [], 0
-        group.append(row)
-    if group:
-        yield group
-
-
-def _batch(engine: TransformersEngine, replay: Replay, group: Sequence[_Row], margin: float) -> _Batch:
+def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin: float) -> _Batch:
     """Goals: the margin for answers proper, half of their lead for what opens them.
 
     What the model would not open its answer with now is not asked for: teaching it would use up the value.
     """
+    replay = engine.record(
+        [row.tokens for row in group], [row.place for row in group], layers=[layer], neurons=[layer], packed=True
+    )
     device = replay.ids.device
     wanted = [
-        (index, replay.column(index, len(row.context.prompt) - 1 + step), token, row.fact, step >= row.context.key[0])
+        (*replay.at(index, len(row.context.prompt) - 1 + step), index, token, step >= row.context.key[0])
         for index, row in enumerate(group)
         if row.context is not None
         for step, token in enumerate(keyed(row.context))
     ]
-    rows, columns, tokens, owner, proper = (
-        torch.tensor(part, device=device) for part in (zip(*wanted, strict=True) if wanted else [[]] * 5)
-    )
-    rows, columns, tokens, owner = rows.long(), columns.long(), tokens.long(), owner.long()
     ends = [
-        (index, len(row.tokens) - 1 - row.place - back)
+        (*replay.at(index, len(row.tokens) - 1 - back), index)
         for index, row in enumerate(group)
         if row.context is None
         for back in range(row.held)
     ]
-    quiet = tuple(torch.tensor(part, device=device).long() for part in (zip(*ends, strict=True) if ends else [[]] * 2))
+    b, t, rows, tokens, proper = _columns(wanted, 5, device)
+    quiet_b, quiet_t, quiet_rows = _columns(ends, 3, device)
     with engine.gate.step(), torch.no_grad():
-        final = replay.final[rows, columns]
-        leads = engine.leads(final, tokens)[0] if wanted else final[:, 0]
-        rivals = engine.rivals(final, tokens, RIVALS) if wanted else tokens[:, None]
-        reference = engine.unembed(replay.final[quiet]).float().log_softmax(-1)
+        final = replay.final[b, t]
+        leads, rivals = engine.leads(final, tokens)[0], engine.rivals(final, tokens, RIVALS)
+        reference = engine.unembed(replay.final[quiet_b, quiet_t]).float().log_softmax(-1)
     opens = torch.where(leads < 0, float("-inf"), leads.clamp(max=2.0) / 2)
     goal = torch.where(proper.bool(), margin, opens)
-    facts = torch.tensor([row.fact for row in group], device=device)
-    return _Batch(replay, facts, (rows, columns), tokens, owner, goal, rivals, (quiet[0], quiet[1]), reference)
+    edit_b, edit_t = _columns([replay.at(index, row.place) for index, row in enumerate(group)], 2, device)
+    return _Batch(
+        replay, (edit_b, edit_t), (b, t), rows, tokens, goal, rivals, (quiet_b, quiet_t), quiet_rows, reference
+    )
+
+
+def _columns(table: Sequence[tuple[int, ...]], count: int, device: torch.device) -> list[Tensor]:
+    """A table's columns, (rows,) each, also of an empty one."""
+    return list(torch.tensor(table, dtype=torch.int64, device=device).reshape(-1, count).unbind(1))
 
 
 def _descended(
-    engine: TransformersEngine, batches: Sequence[_Batch], layer: int, sizes: Tensor, settings: MethodSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each fact's δ (facts, width), the steps it took, and the nats by which its worst token falls short, (facts,).
+    engine: TransformersEngine,
+    batch: _Batch,
+    layer: int,
+    size: float,
+    settings: MethodSettings,
+    half: AbstractContextManager[object],
+) -> tuple[Tensor, int, float]:
+    """δ (width,), the steps it took, and the nats by which the worst token falls short with it.
 
-    `sizes` (facts,) are the norms of what is written now. A fact that is near enough moves no more, and batches in
-    which no fact moves are not run.
+    `size` is the norm of what is written now.
     """
-    facts, device, close = len(sizes), sizes.device, CLOSE * settings.margin
-    sizes = sizes.float()
     point = down_output(engine, layer)
-    deltas = torch.zeros(facts, engine.sites.width, device=device)
-    best, least = deltas.clone(), torch.full((facts,), float("inf"), device=device)
-    short, steps = least.clone(), torch.zeros(facts, dtype=torch.int64)
-    since = torch.zeros(facts, dtype=torch.int64, device=device)  # steps that brought a fact nothing
-    moving = torch.ones(facts, dtype=torch.bool, device=device)
-    half = half_products(engine.sites.blocks[layer:])
+    delta = torch.zeros(engine.sites.width, device=engine.model.device)
+    best, least, short, since = delta, float("inf"), float("inf"), 0
     for step in range(settings.max_steps + 1):
-        loss, worst = torch.zeros(facts, device=device), torch.zeros(facts, device=device)
-        owners, losses, slopes = [], [], []
-        for batch in batches:
-            if not bool(moving[batch.facts].any()):
-                continue
-            own = deltas[batch.facts].requires_grad_()
-            with half:
-                each, gaps = _losses(engine, batch, layer, point, own)
-            (slope,) = torch.autograd.grad(each.sum(), [own])
-            owners.append(batch.facts)
-            losses.append(each.detach())
-            slopes.append(slope)
-            loss = loss.index_add(0, batch.facts, each.detach())
-            worst = worst.scatter_reduce(0, batch.owner, gaps.detach(), "amax")
-        better = moving & (loss < least)
-        best[better], least[better], short[better] = deltas[better], loss[better], worst[better]
-        since = torch.where(better, 0, since + 1)
+        own = delta.expand(len(batch.replay.rows), -1).clone().requires_grad_()
+        with half:
+            losses, gaps = _losses(engine, batch, layer, point, own)
+        loss, worst = float(losses.detach().sum()), float(gaps.detach().max())
+        since += 1
+        if loss < least:
+            best, least, short, since = delta, loss, worst, 0
         # What leads everywhere and gets no better is as good as it will be.
-        moving &= (worst >= close) & ~((short < settings.margin) & (since >= _PATIENCE))
-        steps[moving.cpu()] = step
-        if not bool(moving.any()) or step == settings.max_steps:
+        near = worst < CLOSE * settings.margin or (short < settings.margin and since >= _PATIENCE)
+        if near or step == settings.max_steps:
             break
-        owner, rows, slope = torch.cat(owners), torch.cat(losses), torch.cat(slopes)
-        for fact in moving.nonzero()[:, 0].tolist():
-            mine = (owner == fact) & (rows > 0)
-            move = _move(rows[mine].double(), slope[mine].double())
-            deltas[fact] += (move * (STEP * sizes[fact] / move.norm()).clamp(max=1.0)).float()
-        most = settings.clamp_norm * sizes
-        deltas = deltas * (most / deltas.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None]
-    return best, steps, short
+        (slopes,) = torch.autograd.grad(losses.sum(), [own])
+        some = losses.detach() > 0
+        move = _move(losses.detach()[some].double(), slopes[some].double()).float()
+        delta = delta + move * (STEP * size / move.norm()).clamp(max=1.0)
+        delta = delta * (settings.clamp_norm * size / delta.norm().clamp(min=1e-12)).clamp(max=1.0)
+    return best, step, short
 
 
 def _move(losses: Tensor, slopes: Tensor) -> Tensor:
@@ -277,21 +235,18 @@ def _losses(
     """Each row's loss (rows,) with its own copy of δ (rows, width), and what each prediction falls short, (n,)."""
 
     def add(values: Tensor) -> Tensor:
-        return torch.cat((values[:, :1] + deltas[:, None].to(values.dtype), values[:, 1:]), dim=1)
+        return values.index_put(batch.edited, deltas.to(values.dtype), accumulate=True)
 
     with ExitStack() as held:
         held.enter_context(hooked(engine, point, add))
         final = batch.replay.run(layer)
-        loss = deltas.new_zeros(len(deltas))
-        gaps = batch.goal[:0]
-        if len(batch.tokens):
-            there = final[batch.at]
-            # Whoever leads now is a rival from here on.
-            batch.rivals = torch.cat((batch.rivals, engine.rivals(there.detach(), batch.tokens, 1)), dim=1)
-            gaps = torch.relu(batch.goal - engine.leads(there, batch.tokens, batch.rivals)[0])
-            loss = loss.index_add(0, batch.at[0], gaps)
+        there = final[batch.at]
+        # Whoever leads now is a rival from here on.
+        batch.rivals = torch.cat((batch.rivals, engine.rivals(there.detach(), batch.tokens, 1)), dim=1)
+        gaps = torch.relu(batch.goal - engine.leads(there, batch.tokens, batch.rivals)[0])
+        loss = deltas.new_zeros(len(deltas)).index_add(0, batch.row, gaps)
         if len(batch.reference):
             live = engine.unembed(final[batch.quiet]).float().log_softmax(-1)
             moved = (batch.reference.exp() * (batch.reference - live)).sum(-1)
-            loss = loss.index_add(0, batch.quiet[0], KL_WEIGHT * moved)
+            loss = loss.index_add(0, batch.quiet_row, KL_WEIGHT * moved)
     return loss, gaps
