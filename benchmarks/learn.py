@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of countries.json and others")
     parser.add_argument("--model", default="smollm2", help="the model: smollm2, a hub id, a folder or a .gguf file")
     parser.add_argument("--facts", type=int, default=100, help="facts of the batch")
+    parser.add_argument("--first", type=int, default=0, help="how many of the facts to skip")
+    parser.add_argument("--threads", type=int, default=None, help="processor threads")
     parser.add_argument("--singles", type=int, default=100, help="how many of them are fixed alone, to compare")
     parser.add_argument("--method", default=None, help="the method of the joint change")
     parser.add_argument("--force", action="store_true", help="commit over the guard's budget")
@@ -48,7 +50,8 @@ def main() -> int:
 
 def run(options: argparse.Namespace) -> int:
     with model(options) as live:
-        wrong, right = base_answers(live, options.data, options.facts, 100, TOKENS)
+        wrong, right = base_answers(live, options.data, options.first + options.facts, 100, TOKENS)
+        wrong = wrong[options.first :]
         neighbours = NeighbourMeter(live.engine, [Kept(e.question, e.reply, e.answers) for e in right], TOKENS)
         kl = KLMeter(live.engine, instructions(options.data)[:100])
         perplexity = PerplexityMeter(live.engine, plain_text(options.data))
@@ -114,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
 def model(options: argparse.Namespace) -> Iterator[LiveModel]:
     """The model in its base state with a workspace that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="liveweight-benchmark-") as folder:
-        settings = Settings(model=options.model, workspace=Path(folder))
+        settings = Settings(model=options.model, workspace=Path(folder), threads=options.threads)
         with LiveModel.load(settings=settings) as live:
             yield live
 

@@ -27,6 +27,7 @@ from liveweight.ledger import Ledger, Proposal
 from liveweight.lessons import Lesson
 from liveweight.methods import METHODS, build_case, works
 from liveweight.methods.base import Case
+from liveweight.methods.case import OPENING, prompts_of
 from liveweight.methods.trials import keyed
 from liveweight.methods.tuned import settings_for
 from liveweight.reports import Change, Reply, Report
@@ -35,7 +36,8 @@ from liveweight.settings import Settings
 Outcome = Literal["learnt", "already", "protected", "failed", "refused", "error", "preview"]
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
-JOINT = "implant"  # the method of a joint change, unless told otherwise
+JOINT = "patch"  # the method of a joint change, unless told otherwise
+_AT_ONCE = 64  # prompts of one batch
 
 
 class Learnt(BaseModel):
@@ -173,6 +175,11 @@ class Learner:
         progress("asking", 0, len(lessons))
         with self._phases.of("case"), self._engine.remembering():
             replies = self._chatter.recalled([(each.prompt, each.answer) for each in lessons])
+            # What building the cases will ask for, many at once.
+            prompts = [prompt for reply in replies for prompt in prompts_of(self._engine, reply.prompt)]
+            for start in range(0, len(prompts), _AT_ONCE):
+                progress("asking in other words", start, len(prompts))
+                self._engine.greedy(prompts[start : start + _AT_ONCE], OPENING)
             items = []
             for number, (lesson, reply) in enumerate(zip(lessons, replies, strict=True)):
                 progress("reading what is asked", number, len(lessons))
@@ -234,10 +241,11 @@ class Learner:
             return [item.became("failed", unlearnt) for item in items]
         label = None if options.preview else self._commit(trial).label
         made: Outcome = "preview" if options.preview else "learnt"
-        return [
-            item.became(made, "", label) if there else item.became("failed", unlearnt)
-            for item, there in zip(items, right, strict=True)
-        ]
+        found = [item.became(made, "", label) for item, there in zip(items, right, strict=True) if there]
+        rest = [item for item, there in zip(items, right, strict=True) if not there]
+        if rest and label is not None:  # once more, beside what has been learnt
+            return found + self._change(rest, options, progress)
+        return found + [item.became("failed", unlearnt) for item in rest]
 
     def _halves(self, items: Sequence[_Item], options: Options, progress: Progress) -> list[Learnt]:
         middle = len(items) // 2

@@ -60,6 +60,7 @@ class TransformersEngine:
         self.activations = ActivationState(self.sites)
         self._state: State = ()
         self._trees: dict[str, PrefixTree] | None = None  # state -> what was run under it, while remembering
+        self._said: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # state, prompt -> its greedy answer, likewise
         self._info = self._describe()
         self._version = Version(0, self._hash(()))
         self._numbers = {self._version.hash: 0}  # a state that comes back has its number back
@@ -247,6 +248,21 @@ class TransformersEngine:
 
     def greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Each prompt's greedy continuation of at most `tokens` tokens, ended by its end token; all in one batch."""
+        if self._trees is None:
+            return self._greedy(prompts, tokens)
+        state = state_hash(self.weights.state)
+        keys = [(state, tuple(prompt)) for prompt in prompts]
+        known = self._said
+        missing = [key for key in dict.fromkeys(keys) if key not in known or not self._ends(known[key], tokens)]
+        for key, row in zip(missing, self._greedy([key[1] for key in missing], tokens) if missing else (), strict=True):
+            known[key] = row
+        return [known[key][:tokens] for key in keys]
+
+    def _ends(self, row: Sequence[int], tokens: int) -> bool:
+        """Whether a greedy continuation is known for so many tokens."""
+        return len(row) >= tokens or (bool(row) and row[-1] in self.format.end_tokens)
+
+    def _greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         device, made = self.model.device, []
         ends = torch.tensor(sorted(self.format.end_tokens), device=device)
         done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
@@ -300,6 +316,8 @@ class TransformersEngine:
             yield
         finally:
             self._trees = before
+            if before is None:
+                self._said.clear()
 
     def _tree(self) -> PrefixTree | None:
         """The tree to run in now; None while a hook is on the model, for hooks count positions."""

@@ -33,7 +33,14 @@ from liveweight.sites import EARLY
 _TEACH: tuple[CaseKind, ...] = ("fix", "bad", "good")
 
 _ALL = (
-    Described("patch", patch.propose, "One new neuron for each wrong token, shut elsewhere.", _TEACH, refits=True),
+    Described(
+        "patch",
+        patch.propose,
+        "One new neuron for each wrong token, shut elsewhere.",
+        _TEACH,
+        together=patch.propose_all,
+        refits=True,
+    ),
     Described(
         "select",
         select.propose,

@@ -120,10 +120,22 @@ def _ended(engine: TransformersEngine, context: Context) -> Context:
     return replace(context, target=(*context.target, end)) if whole and end is not None else context
 
 
+def prompts_of(engine: TransformersEngine, messages: Sequence[Message]) -> list[list[int]]:
+    """What a brief case of a fix will look at: the question as asked and in other words, as prompts."""
+    turns = tuple(messages)
+    return [engine.encode(chat) for chat in _chats(engine, turns, turns[-1].content.strip(), BRIEFLY)]
+
+
 def _contexts(
     engine: TransformersEngine, turns: tuple[Message, ...], question: str, sentence: str, piece: str, *, rewordings: int
 ) -> tuple[Context, ...]:
     """As asked; alone, if there were earlier turns; in other words; and after an unrelated exchange."""
+    return tuple(chat_context(engine, chat, sentence, piece) for chat in _chats(engine, turns, question, rewordings))
+
+
+def _chats(
+    engine: TransformersEngine, turns: tuple[Message, ...], question: str, rewordings: int
+) -> list[tuple[Message, ...]]:
     system = tuple(turn for turn in turns if turn.role == "system")
     alone = (*system, Message("user", question))
     chats = [turns]
@@ -133,7 +145,7 @@ def _contexts(
         user, assistant = earlier_turns()[0]
         chats.append((*system, Message("user", user), Message("assistant", assistant), Message("user", question)))
     chats += [(*system, Message("user", text)) for text in rephrase(question, rewordings)] if rewordings else []
-    return tuple(chat_context(engine, chat, sentence, piece) for chat in chats[: rewordings + 1])
+    return chats[: rewordings + 1]
 
 
 def _as_opened(

@@ -98,8 +98,11 @@ FURTHER, ANSWER = _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.5, 1.5, 0.0, 1e-3)
 SUBJECT = _Gate(1.0, 1.0, 0.0, 0.03)  # of a neuron that knows a subject by its name
 
 
-def neighbours(engine: TransformersEngine, case: Case, layer: int) -> Near:
-    """What the MLP reads while it says what is to be left alone."""
+def neighbours(engine: TransformersEngine, case: Case, layer: int, beside: Sequence[Tensor] = ()) -> Near:
+    """What the MLP reads while it says what is to be left alone.
+
+    `beside` (T, width) each is what it reads where other answers of the same change are said.
+    """
     alike = like_answers(case)
     rows = [*alike, *((each.prompt, each.target) for each in case.about), *case.broken]
     seen = engine.read([(*prompt, *reply) for prompt, reply in rows], [len(prompt) - 1 for prompt, _ in rows], layer)
@@ -111,18 +114,23 @@ def neighbours(engine: TransformersEngine, case: Case, layer: int) -> Near:
         said = engine.unembed(torch.cat(finals)).argmax(-1) if finals else nothing[:, 0]
     return Near(
         said=said,
-        begins=torch.cat([nothing, *(read[:1] for read in reads[: len(alike)])]),
+        begins=torch.cat([nothing, *(read[:1] for read in (*reads[: len(alike)], *beside))]),
         about=torch.cat([nothing, *(read[:1] for read in reads[len(alike) : unlike])]),
-        behind=torch.cat([nothing, *(read[1:] for read in reads[:unlike])]),
+        behind=torch.cat([nothing, *(read[1:] for read in (*reads[:unlike], *beside))]),
         broken=reads[unlike:],
     )
 
 
 def like_answers(case: Case) -> list[Answered]:
     """Prompts and answers of like questions about others, and of earlier changes to the most alike prompts."""
+    previous = most_alike(case, [prompt for prompt, _ in case.previous])
+    return [*((each.prompt, each.target) for each in case.others), *(case.previous[index] for index in previous)]
+
+
+def most_alike(case: Case, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Which of some prompts share most tokens with the question as asked: PREVIOUS of them at most."""
     asked = set(case.contexts[0].prompt)
-    previous = sorted(case.previous, key=lambda pair: -len(asked.intersection(pair[0])))[:PREVIOUS]
-    return [*((each.prompt, each.target) for each in case.others), *previous]
+    return sorted(range(len(prompts)), key=lambda index: -len(asked.intersection(prompts[index])))[:PREVIOUS]
 
 
 def uncontested(batch: Batch, due: list[int], near: Near) -> list[int]:

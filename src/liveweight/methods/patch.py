@@ -23,15 +23,19 @@ the least used ones. The step length: Polyak, "Minimization of unsmooth function
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liveweight.adjustments import Adjustment
+from liveweight.engines.half import half_products
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods.base import Case
-from liveweight.methods.gates import OPENING, STEEPNESS, Batch, fit, neighbours, uncontested
+from liveweight.methods.gates import OPENING, STEEPNESS, Batch, fit, most_alike, neighbours, uncontested
 from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import surroundings
 from liveweight.settings import MethodSettings
@@ -51,9 +55,77 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 
     Raises NoMendFound where no step makes every token lead, Unsupported for a layer with experts.
     """
-    # Patches of one layer read what no other of them moves, so they are kept together while there is room.
-    layer = roomy_layer(engine, patchable_layers(engine.sites.layers), settings, USUAL)
-    around = surroundings(engine, [layer])[layer]
+    return propose_all(engine, [case], settings)
+
+
+def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+    """Neurons for each of the cases, shut where the others' answers are said. One case's neurons know no other's.
+
+    Of many cases, those whose tokens cannot be made to lead are left out. Raises as `propose` does where none is left.
+    """
+    crowded = sum(each.adjustment.method == "patch" for each in engine.state) + len(cases) > CROWD
+    planned: list[_Planned] = []
+    missed: NoMendFound | None = None
+    with engine.remembering():
+        for case in cases:
+            try:
+                planned.append(_planned(engine, case, planned, settings, alone=len(cases) == 1))
+            except NoMendFound as error:
+                missed = error
+        found: dict[int, list[_Neurons]] = {}
+        for number, plan in enumerate(planned):
+            rest = planned[:number] + planned[number + 1 :]
+            alike = most_alike(plan.case, [each.case.contexts[0].prompt for each in rest])
+            beside = [rest[index].said[plan.layer] for index in alike]
+            try:
+                found.setdefault(plan.layer, []).append(_neurons(engine, plan, beside, settings, crowded=crowded))
+            except NoMendFound as error:
+                missed = error
+    if missed is not None and not any(found.values()):
+        raise missed
+    ops = []
+    for layer, there in sorted(found.items()):
+        usage = surroundings(engine, [layer])[layer].usage
+        parts = ([getattr(each, name) for each in there] for name in ("gates", "ups", "opened", "writes"))
+        ops += [new_neurons(engine, layer, usage, *map(torch.cat, parts))] if there else []
+    count, where = sum(len(op.neurons) for op in ops), " and ".join(str(op.layer) for op in ops)
+    one = len(cases) == 1
+    return Adjustment(
+        name=f"{cases[0].kind}: {cases[0].question[:60]}" if one else f"patch: {len(cases)} facts",
+        method="patch",
+        ops=tuple(ops),
+        note=f"Neurons taken in layer {where}: {count}." + (f" They say: {cases[0].wanted}" if one else ""),
+    )
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One case of a change, and where it is to be mended."""
+
+    case: Case
+    layer: int
+    batch: Batch
+    due: list[int]
+    said: dict[int, Tensor]  # layer -> (T, width), what is read where its first answer is said; of one of many
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """What one case is mended with."""
+
+    gates: Tensor  # (P, width)
+    ups: Tensor  # (P, width)
+    opened: Tensor  # (P,) what the activation function gives where they are open
+    writes: Tensor  # (P, width)
+
+
+def _planned(
+    engine: TransformersEngine, case: Case, before: Sequence[_Planned], settings: MethodSettings, *, alone: bool
+) -> _Planned:
+    """Patches of one layer read what no other of them moves, so they are kept together while there is room."""
+    layers = patchable_layers(engine.sites.layers)
+    taken = {layer: sum(len(each.due) for each in before if each.layer == layer) for layer in layers}
+    layer = roomy_layer(engine, layers, settings, USUAL, taken)
     batch = _read(engine, case, layer)
     due = _due(batch)
     if not due:
@@ -65,23 +137,29 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
             f"The wished answer has {len(due)} tokens that the model would not say, more than {MOST_NEURONS}.",
             hint="Give a shorter answer.",
         )
-    near = neighbours(engine, case, layer)
-    due = uncontested(batch, due, near) or due
-    crowded = sum(each.adjustment.method == "patch" for each in engine.state) >= CROWD
+    first = case.contexts[0]
+    others = () if alone else {*layers, layer}
+    said = {each: engine.read([first.tokens[:-1]], [len(first.prompt) - 1], each)[0][1].float() for each in others}
+    return _Planned(case, layer, batch, due, said)
+
+
+def _neurons(
+    engine: TransformersEngine, plan: _Planned, beside: Sequence[Tensor], settings: MethodSettings, *, crowded: bool
+) -> _Neurons:
+    """One case's neurons, shut where the answers `beside` it are said."""
+    case, layer, batch = plan.case, plan.layer, plan.batch
+    around = surroundings(engine, [layer])[layer]
+    near = neighbours(engine, case, layer, beside)
+    due = uncontested(batch, plan.due, near) or plan.due
     gates, ups, opens = fit(batch, due, around, near, careful=case.careful, crowded=crowded)
     act = engine.sites.activation_function(layer)
     assert act is not None, layer
-    open_value = act(STEEPNESS * opens)  # (P,)
-    firing = act(STEEPNESS * (batch.x @ gates.T)) / open_value  # (B, T, P)
+    opened = act(STEEPNESS * opens)
+    firing = act(STEEPNESS * (batch.x @ gates.T)) / opened  # (B, T, P)
     if engine.sites.gated:
         firing = firing * (batch.x @ ups.T)
     writes = _optimise(engine, case, batch, due, layer, firing, settings)
-    return Adjustment(
-        name=f"{case.kind}: {case.question[:60]}",
-        method="patch",
-        ops=(new_neurons(engine, layer, around.usage, STEEPNESS * gates, ups, open_value, writes),),
-        note=f"Neurons taken in layer {layer}: {len(due)}. They say: {case.wanted}",
-    )
+    return _Neurons(STEEPNESS * gates, ups, opened, writes)
 
 
 def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:
@@ -183,9 +261,10 @@ def _optimise(
     stream = replay.inputs[layer].detach()
     most = LONGEST_STEP * float(stream[rows, columns].float().norm(dim=-1).median())
     down: nn.Module = engine.sites.weight(engine.sites.mlp_part(layer, "down")).module
+    half = half_products([*engine.sites.blocks[layer:], engine.sites.lm_head])
     rivals: Tensor | None = None  # (n, k), what a target may have to beat; what else may is looked at in the end
     for _ in range(settings.max_steps):
-        with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), half:
             handle = down.register_forward_hook(lambda _, args, out: out + (fires @ writes).to(out.dtype))
             try:
                 final = replay.run(layer, stream)

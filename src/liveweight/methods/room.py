@@ -6,7 +6,7 @@ is put in a layer that is gated, or not. Knows nothing of when it is open and of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,18 +17,26 @@ from liveweight.errors import NoMendFound, Unsupported
 from liveweight.settings import MethodSettings
 
 
-def roomy_layer(engine: TransformersEngine, layers: Sequence[int], settings: MethodSettings, needs: int) -> int:
+def roomy_layer(
+    engine: TransformersEngine,
+    layers: Sequence[int],
+    settings: MethodSettings,
+    needs: int,
+    planned: Mapping[int, int] | None = None,
+) -> int:
     """The layer that the settings name; or the first of `layers` with `needs` spare neurons left, else the emptiest.
 
-    Raises UnknownSite for a layer that is not there, Unsupported for one with experts.
+    `planned` are neurons, a layer, that will be taken besides those that are. Raises UnknownSite for a layer that is
+    not there, Unsupported for one with experts.
     """
     if settings.layer is not None:
         engine.sites.check_layer(settings.layer)
         layer = settings.layer
     else:
-        taken = _taken(engine)
-        roomy = [each for each in layers if len(taken.get(each, ())) + needs <= engine.sites.spare_of(each)]
-        layer = roomy[0] if roomy else min(layers, key=lambda each: len(taken.get(each, ())))
+        replaced = _taken(engine)
+        taken = {each: len(replaced.get(each, ())) + (planned or {}).get(each, 0) for each in layers}
+        roomy = [each for each in layers if taken[each] + needs <= engine.sites.spare_of(each)]
+        layer = roomy[0] if roomy else min(layers, key=taken.__getitem__)
     if engine.sites.experts_of(layer):
         raise Unsupported(
             f"Layer {layer} has experts, and a new neuron needs a dense MLP.",
