@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from liveweight.adjustments import Adjustment
+from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, UnknownMethod
+from liveweight.learning import Learner
 from liveweight.lessons import lesson, read_lessons
 from liveweight.live_model import LiveModel
-from liveweight.methods import METHODS, case
-from tests.tiny_workspace import OTHER, QUESTION, SHOUT, tiny_settings
+from liveweight.methods import METHODS, Case, case
+from liveweight.settings import MethodSettings
+from tests.tiny_workspace import OTHER, QUESTION, SHOUT, shout_all, tiny_settings
 
 FIXES = [{"prompt": QUESTION, "correction": "a"}, {"prompt": OTHER, "correction": "a"}]
 
@@ -49,6 +53,24 @@ def test_what_is_right_already_is_left_alone_so_that_a_run_can_be_gone_on_with(l
     again = live.learn(FIXES, method="shout")
     assert [item.outcome for item in again.items] == ["already", "already"]
     assert len(live.changes()) == 1
+
+
+def test_what_did_not_come_is_tried_again_together_before_it_is_fixed_alone(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def halting(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+        """Says its letter for the first case of many only."""
+        asked.append(len(cases))
+        return shout_all(engine, cases[:1], settings)
+
+    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, together=halting))
+    right = iter([[False, False], [True, False], [True]])
+    monkeypatch.setattr(Learner, "_right", lambda *_: next(right))
+    found = live.learn(FIXES, method="shout")
+    assert asked == [2, 1]
+    assert [(item.outcome, item.change) for item in found.items] == [("learnt", "c1"), ("learnt", "c2")]
 
 
 def test_a_preview_commits_nothing(live: LiveModel) -> None:

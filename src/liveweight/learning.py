@@ -37,7 +37,7 @@ Outcome = Literal["learnt", "already", "protected", "failed", "refused", "error"
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 JOINT = "patch"  # the method of a joint change, unless told otherwise
-_AT_ONCE = 64  # prompts of one batch
+_AT_ONCE = 12  # lessons that are read together
 
 
 class Learnt(BaseModel):
@@ -175,15 +175,14 @@ class Learner:
         progress("asking", 0, len(lessons))
         with self._phases.of("case"), self._engine.remembering():
             replies = self._chatter.recalled([(each.prompt, each.answer) for each in lessons])
-            # What building the cases will ask for, many at once.
-            prompts = [prompt for reply in replies for prompt in prompts_of(self._engine, reply.prompt)]
-            for start in range(0, len(prompts), _AT_ONCE):
-                progress("asking in other words", start, len(prompts))
-                self._engine.greedy(prompts[start : start + _AT_ONCE], OPENING)
-            items = []
-            for number, (lesson, reply) in enumerate(zip(lessons, replies, strict=True)):
-                progress("reading what is asked", number, len(lessons))
-                items.append(_Item(lesson, reply, self._case(lesson, reply)))
+            items: list[_Item] = []
+            for start in range(0, len(lessons), _AT_ONCE):
+                progress("reading what is asked", start, len(lessons))
+                some = list(zip(lessons, replies, strict=True))[start : start + _AT_ONCE]
+                # What building the cases will ask for, many at once; few enough to be remembered.
+                prompts = [prompt for _, reply in some for prompt in prompts_of(self._engine, reply.prompt)]
+                self._engine.greedy(prompts, OPENING)
+                items += [_Item(lesson, reply, self._case(lesson, reply)) for lesson, reply in some]
         right = self._right((), items)
         found = [item.became("already") for item, there in zip(items, right, strict=True) if there]
         by_subject = METHODS[options.method or JOINT].by_subject

@@ -83,12 +83,31 @@ def test_an_engine_that_remembers_says_the_same_and_runs_less(architecture: str,
                 close(engine.record(ROWS[:3], [2, 3, 2]).final[row, :length], recorded.final[row, :length])
 
 
+def test_an_answer_that_is_known_is_not_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    fresh, ran = engine.greedy(ROWS, 6), list[int]()
+    generate = engine._greedy
+    monkeypatch.setattr(engine, "_greedy", lambda rows, tokens: ran.append(len(rows)) or generate(rows, tokens))
+    with engine.remembering():
+        assert engine.greedy([*ROWS[:2], ROWS[0]], 6) == [fresh[0], fresh[1], fresh[0]]
+        assert engine.greedy(ROWS, 4) == [row[:4] for row in fresh]
+        assert engine.greedy(ROWS, 6) == fresh
+        assert ran == [2, 3, 3]  # those that ask for more tokens than were known are generated anew
+        with engine.preview((Active(Adjustment(name="other", method="test", ops=(_loud(engine),))),)):
+            assert engine.greedy(ROWS[:1], 6) == generate(ROWS[:1], 6)
+    assert engine.greedy(ROWS[:1], 6) == fresh[:1]
+    assert ran == [2, 3, 3, 1, 1]  # outside, nothing is remembered
+
+
+def _loud(engine: TransformersEngine) -> LowRank:
+    left, right = torch.ones(engine.sites.width, 1), torch.ones(1, engine.sites.neurons_of(0))
+    return LowRank(site="layers.0.mlp.down.weight", left=left, right=right)
+
+
 def test_what_is_remembered_belongs_to_one_state_of_the_weights(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     item = ScoreItem((5, 9, 17), (3, 11))
-    left, right = torch.ones(engine.sites.width, 1), torch.ones(1, engine.sites.neurons_of(0))
-    op = LowRank(site="layers.0.mlp.down.weight", left=left, right=right)
-    change = (Active(Adjustment(name="loud", method="test", ops=(op,))),)
+    change = (Active(Adjustment(name="loud", method="test", ops=(_loud(engine),))),)
     base = engine.score([item])[0].logprobs
     engine.become(change)
     changed = engine.score([item])[0].logprobs

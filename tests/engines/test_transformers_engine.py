@@ -192,17 +192,29 @@ def test_tracing_works_while_a_steer_counts_positions(engine: TransformersEngine
     assert len(list(engine.continue_from(PROMPT, Sampling(max_tokens=3)))) == 3
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "olmo2", "gpt_neox", "mixtral"])
-def test_a_replay_from_any_layer_is_the_whole_forward_pass(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gemma3_text", "olmo2", "gpt_neox", "mixtral"])
+def test_a_replay_from_any_layer_is_the_whole_forward_pass(architecture: str, packed: bool, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, tmp_path)
     rows = [[5, 9, 17, 3, 11], [5, 9, 4, 8], [5, 9, 30, 31, 32, 33]]
-    replay = engine.record(rows, [3, 2, 4], layers=range(engine.sites.layers))
+    replay = engine.record(rows, [3, 2, 4], layers=range(engine.sites.layers), packed=packed)
+    assert replay.ids.shape == ((1, 6) if packed else (3, 2))
     for layer in range(engine.sites.layers):
         torch.testing.assert_close(replay.run(layer), replay.final)
     for row, tokens in enumerate(rows):
         whole = engine.model.base_model(torch.tensor([tokens])).last_hidden_state[0]
-        length = replay.lengths()[row]
-        torch.testing.assert_close(replay.final[row, :length], whole[-length:], rtol=1e-4, atol=1e-5)
+        for position in range(replay.starts[row], len(tokens)):
+            there = replay.final[replay.at(row, position)]
+            torch.testing.assert_close(there, whole[position], rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_row_is_not_asked_for_of_a_model_that_is_steered(engine: TransformersEngine) -> None:
+    vector = torch.randn(engine.sites.width, generator=torch.Generator().manual_seed(0))
+    steer = Steer(site="layers.0.resid", vector=vector, scale=3.0, when="generated", positions=None)
+    engine.become((Active(Adjustment(name="steer", method="test", ops=(steer,))),))
+    rows = [[5, 9, 17, 3, 11], [5, 9, 4, 8, 3]]
+    asked, padded = engine.record(rows, [3, 2], packed=True), engine.record(rows, [3, 2])
+    torch.testing.assert_close(asked.final[asked.at(1, 3)], padded.final[1, 1])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "qwen3_moe"])

@@ -1,14 +1,14 @@
 """Batches that are run once and then, from any layer on, again and again.
 
-Owns the three-part batch that methods and the guard spend their time in:
+Owns the batch that methods and the guard spend their time in:
 
-    shared prefix (one row) | each row's own middle, padded on the left | each row's suffix, padded on the right
+    each row's prefix, padded on the left | each row's suffix, padded on the right
 
-or, packed, the suffixes one after another in a single row, with a mask that tells them apart and nothing padded. Prefix
-and middle are run once and kept as keys and values. The suffix is what a change is tried on: its input to any
-recorded layer is kept, so that a trial runs only the layers from the changed one up. Blocks are called with the very
-arguments that the model itself called them with, so this works for every architecture. Reads the model; what a trial
-changes is the caller's.
+or, packed, the suffixes one after another in a single row, with a mask that tells them apart and nothing padded. The
+prefixes are run once, shared tokens once for all rows where there is a tree, and kept as keys and values. The suffix is
+what a change is tried on: its input to any recorded layer is kept, so that a trial runs only the layers from the
+changed one up. Blocks are called with the very arguments that the model itself called them with, so this works for
+every architecture. Reads the model; what a trial changes is the caller's.
 """
 
 from __future__ import annotations
@@ -201,20 +201,14 @@ def _past(
     """Keys and values before each suffix, and which of them count, (rows, length)."""
     if tree is not None:
         return tree.past(tree.extend([row[:start] for row, start in zip(rows, starts, strict=True)]))
-    device = next(model.parameters()).device
-    shared = 0
-    while shared < min(starts) - 1 and len({row[shared] for row in rows}) == 1:
-        shared += 1
-    cache = full_cache()
-    if shared:
-        model.base_model(input_ids=torch.tensor([rows[0][:shared]], device=device), past_key_values=cache)
-        cache.batch_repeat_interleave(len(rows))
-    middles = [row[shared:start] for row, start in zip(rows, starts, strict=True)]
-    widest = max(map(len, middles))
-    seen = [[1] * shared + [0] * (widest - len(middle)) + [1] * len(middle) for middle in middles]
+    # Each row for itself: what hooks do depends on the row that a position is in.
+    device, cache = next(model.parameters()).device, full_cache()
+    prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
+    widest = max(map(len, prompts))
+    seen = [[0] * (widest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     real = torch.tensor(seen, device=device)
-    ids = torch.tensor([[pad] * (widest - len(middle)) + middle for middle in middles], device=device)
-    positions = (real.cumsum(1) - 1)[:, shared:].clamp(min=0)
+    ids = torch.tensor([[pad] * (widest - len(prompt)) + prompt for prompt in prompts], device=device)
+    positions = (real.cumsum(1) - 1).clamp(min=0)
     model.base_model(input_ids=ids, past_key_values=cache, attention_mask=real, position_ids=positions)
     return keys_and_values(cache), seen
 

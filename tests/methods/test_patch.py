@@ -1,0 +1,85 @@
+"""patch on tiny models: neurons for one case, and for many in one change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from liveweight.adjustments import Active, ReplaceNeurons
+from liveweight.engines.base import Message
+from liveweight.engines.transformers import TransformersEngine
+from liveweight.errors import NoMendFound
+from liveweight.methods import patch, surroundings
+from liveweight.methods.base import Case
+from liveweight.methods.room import roomy_layer
+from liveweight.methods.trials import outcome
+from liveweight.settings import MethodSettings
+from liveweight.sites import patchable_layers
+from tests.methods.tiny_cases import SUBJECT, tiny_case
+from tests.tracing.tiny_engines import tiny_engine
+
+SETTINGS = MethodSettings(max_steps=60)
+
+
+@pytest.fixture(autouse=True)
+def a_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tiny model usually reads is read in a second."""
+    monkeypatch.setattr(surroundings, "everyday_questions", lambda: ["how are you?", "what is two?", "say hello"])
+    monkeypatch.setattr(surroundings, "same_questions", lambda: [["what is two?", "say: what is two?"]])
+    monkeypatch.setattr(surroundings, "_PLAIN_TOKENS", 512)
+
+
+def about(engine: TransformersEngine, case: Case, name: str, *, later: int) -> Case:
+    """The same questions about something else, with another answer."""
+    contexts = []
+    for context in case.contexts:
+        chat = (Message("user", context.messages[-1].content.replace(SUBJECT, name)),)
+        target = tuple((token + later) % engine.sites.vocabulary for token in context.target)
+        contexts.append(replace(context, messages=chat, prompt=tuple(engine.encode(chat)), target=target))
+    return replace(case, messages=contexts[0].messages, contexts=tuple(contexts), subject=name)
+
+
+def cases_of(engine: TransformersEngine) -> list[Case]:
+    one = tiny_case(engine, subject=SUBJECT)
+    return [one, about(engine, one, "bob", later=7), about(engine, one, "ann", later=13)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
+def test_many_cases_are_mended_by_one_change(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    cases = cases_of(engine)
+    found = patch.propose_all(engine, cases, SETTINGS)
+    assert all(isinstance(op, ReplaceNeurons) for op in found.ops)
+    assert found.name == "patch: 3 facts"
+    for case in cases:
+        before, after = outcome(engine, case), outcome(engine, case, found)
+        assert float(after.logprobs[0]) > float(before.logprobs[0])
+    weights = engine.fingerprints()
+    engine.become((Active(found),))
+    engine.become(())
+    assert engine.fingerprints() == weights
+
+
+def test_alone_and_as_one_of_one_it_is_the_same_change(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine, subject=SUBJECT)
+    assert patch.propose(engine, case, SETTINGS).hash == patch.propose_all(engine, [case], SETTINGS).hash
+
+
+def test_what_is_planned_for_a_layer_counts_as_taken(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    (spare,) = {engine.sites.spare_of(layer) for layer in patchable_layers(engine.sites.layers)}
+    assert roomy_layer(engine, [1, 0], SETTINGS, 16, {1: spare - 16}) == 1
+    assert roomy_layer(engine, [1, 0], SETTINGS, 16, {1: spare - 15}) == 0
+
+
+def test_of_many_those_that_cannot_be_mended_are_left_out(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case, other, _ = cases_of(engine)
+    said = replace(case, contexts=tuple(replace(each, target=case.answer_tokens) for each in case.contexts[:1]))
+    found = patch.propose_all(engine, [said, other], SETTINGS)
+    assert sum(len(op.neurons) for op in found.ops if isinstance(op, ReplaceNeurons)) <= len(other.contexts[0].target)
+    with pytest.raises(NoMendFound, match="already"):
+        patch.propose_all(engine, [said], SETTINGS)
