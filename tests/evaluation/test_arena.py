@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def the_method(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arena(live: LiveModel, mode: Mode, methods: tuple[str, ...], cases: tuple[Edit, ...] = EDITS) -> Arena:
-    plan = Plan("tiny", cases, methods, mode, points=(1, 2))
+    plan = Plan("tiny", cases, methods, mode, points=(1, 2), collapse=float("inf"))
     return Arena(live.engine, live.guard, SETTINGS, plan, neutral=["who?", "why?"], text="a b c d e f g h")
 
 
@@ -81,6 +82,21 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_figures(mode: Mode, tm
     same = ("efficacy", "paraphrase", "neighbourhood", "chat", "kl", "perplexity_ratio", "made")
     for one, other in zip(summary(whole), summary(again), strict=True):
         assert [one.get(name) for name in same] == pytest.approx([other.get(name) for name in same])
+
+
+def test_a_sequence_is_measured_by_a_sample_and_ends_where_the_model_collapsed(tmp_path: Path) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        run = arena(live, "sequential", ("shout",))
+        run.plan = replace(run.plan, measured=1)
+        sampled = run.run(tmp_path / "sampled.json")
+        run.plan = replace(run.plan, collapse=0.0)
+        ended = run.run(tmp_path / "ended.json")
+        assert run.run(tmp_path / "ended.json", resume=True) == ended
+        assert live.engine.state == ()
+    assert [point["measured"] for point in sampled["points"]["shout"]] == [1, 1, 1]
+    assert [point["edits"] for point in ended["points"]["shout"]] == [1]
+    assert "shout collapsed by edit 1 (" in markdown(ended)
+    assert "collapsed" not in markdown(sampled).replace("collapse ", "")
 
 
 def test_under_the_guard_what_was_refused_counts_as_not_edited() -> None:

@@ -27,6 +27,10 @@ def arena(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in that file.")] = False,
     seed: Annotated[int, typer.Option(help="Of whatever is drawn.")] = 0,
     damage_every: Annotated[int, typer.Option(min=1, help="KL and perplexity on every so many single cases.")] = 1,
+    measured: Annotated[
+        int | None, typer.Option(min=1, help="Measure so many of a sequence's edits at each point; unset, all.")
+    ] = None,
+    collapse: Annotated[float, typer.Option(min=1.0, help="Perplexity ratio at which a sequence ends.")] = 100.0,
     text_tokens: Annotated[int, typer.Option(min=8, help="Of plain text, for the perplexity.")] = 2048,
 ) -> None:
     """Compare methods on the same cases: success in both families of figures, damage, cost, exact undo."""
@@ -44,7 +48,16 @@ def arena(
     if not chosen:
         raise InvalidInput(f"{data} has no case number {first}.", hint="Name an earlier --first.")
     names = tuple(METHODS) if methods == EVERY else tuple(name.strip() for name in methods.split(","))
-    plan = Plan(data, tuple(chosen), names, mode, seed=seed, damage_every=damage_every)  # type: ignore[arg-type]
+    plan = Plan(
+        data,
+        tuple(chosen),
+        names,
+        mode,  # type: ignore[arg-type]
+        seed=seed,
+        damage_every=damage_every,
+        measured=measured,
+        collapse=collapse,
+    )
     with session.opened(options) as live, output.bar(quiet=options.json) as bar:
         task = bar.add_task("", total=None)
 

@@ -42,6 +42,7 @@ Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 POINTS = (1, 10, 100, 250, 500)  # numbers of edits behind which a sequence is measured
+COLLAPSE = 100.0  # times the base's perplexity: what such a model says is noise
 _REPLY = 40  # tokens of the judged answer
 
 
@@ -56,6 +57,8 @@ class Plan:
     points: tuple[int, ...] = POINTS
     seed: int = 0
     damage_every: int = 1  # KL and perplexity of every so many single cases
+    measured: int | None = None  # of a sequence's edits so far, at each point; drawn by the seed. Unset, all
+    collapse: float = COLLAPSE  # the perplexity ratio from which on a sequence is not gone on with
 
     def header(self, engine: TransformersEngine, settings: MethodSettings) -> Row:
         """As the run's file says it; another header is another run. Methods may be added to a run."""
@@ -69,6 +72,7 @@ class Plan:
             "cases_hash": hashlib.sha256(told.encode()).hexdigest()[:16],
             "mode": self.mode,
             "points": [point for point in self.points if point <= len(self.cases)] if self.mode != "single" else [],
+            **({"measured": self.measured, "collapse": self.collapse} if self.mode == "sequential" else {}),
             "seed": self.seed,
             "settings": settings.model_dump(mode="json"),
             "tuned": read_tuned(engine),
@@ -167,6 +171,8 @@ class Arena:
         """All cases in one model: each beside those before it, or all of them together."""
         engine, rows = self.engine, _rows(record, name)
         points: list[Row] = record.data.setdefault("points", {}).setdefault(name, [])
+        if points and "collapsed" in points[-1]:
+            return  # what is done needs none of what was kept to go on with
         kept = _Kept(record.file, name)
         before = engine.fingerprints() if not rows else None
         try:
@@ -178,6 +184,8 @@ class Arena:
                     self._at_once(name, rows, kept)
             else:
                 for edit in self._cases(name, len(rows)):
+                    if self._collapsed(points):
+                        break
                     row = self._row(edit)
                     with _measured(row):
                         found = self._proposed(name, edit, row, self._previous(rows))
@@ -194,6 +202,7 @@ class Arena:
                         record.save()
             if len(rows) not in [point["edits"] for point in points]:
                 self._point(name, rows, points)
+            points[-1]["collapsed"] = self._collapsed(points)
         finally:
             engine.become(())
         if before is not None:
@@ -215,15 +224,22 @@ class Arena:
         rows[0] |= first | {"note": found.note}
 
     def _point(self, name: str, rows: list[Row], points: list[Row]) -> None:
-        """Everything so far, under the weights of now."""
-        done = self.plan.cases[: len(rows)]
-        self._progress(f"{name}: measuring {len(done)} edits", len(done), len(self.plan.cases))
+        """Everything so far, or a sample of it, under the weights of now."""
+        done: Sequence[int] = range(len(rows))
+        if self.plan.mode == "sequential" and self.plan.measured is not None:
+            order = list(range(len(self.plan.cases)))
+            random.Random(self.plan.seed).shuffle(order)
+            done = sorted([index for index in order if index < len(rows)][: self.plan.measured])
+        self._progress(f"{name}: measuring {len(done)} of {len(rows)} edits", len(rows), len(self.plan.cases))
         begun = time.perf_counter()
-        scores = self._meter.measure_all(done)
-        point: Row = {"edits": len(done), "made": sum(row["outcome"] == "made" for row in rows)}
+        scores = self._meter.measure_all([self.plan.cases[index] for index in done])
+        point: Row = {"edits": len(rows), "made": sum(row["outcome"] == "made" for row in rows), "measured": len(done)}
         point["scores"] = mean_scores([asdict(each) for each in scores])
         point |= self._damage() | {"decode_ms": self._decode_ms(), "seconds": time.perf_counter() - begun}
         points.append(point)
+
+    def _collapsed(self, points: Sequence[Row]) -> bool:
+        return bool(points) and not points[-1]["perplexity_ratio"] < self.plan.collapse
 
     def _previous(self, rows: Sequence[Row]) -> tuple[Answered, ...]:
         """The prompts and new answers of the edits so far."""
@@ -396,4 +412,4 @@ def _memory(name: str) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
-__all__ = ["POINTS", "Arena", "Mode", "Plan", "case_of", "mean_scores"]
+__all__ = ["COLLAPSE", "POINTS", "Arena", "Mode", "Plan", "case_of", "mean_scores"]

@@ -53,7 +53,7 @@ def summary(data: Mapping[str, Any]) -> list[Row]:
 
 
 def markdown(data: Mapping[str, Any]) -> str:
-    """The run as a Markdown table, with a sentence on what found nothing and what it ran on."""
+    """The run as a Markdown table, with a sentence on what found nothing, what collapsed, and what it ran on."""
     rows = summary(data)
     shown = [column for column in _COLUMNS if any(row.get(column[1]) is not None for row in rows)]
     head = ["method", *(["edits"] if data["run"]["mode"] != "single" else []), "made", *(name for name, _, _ in shown)]
@@ -117,6 +117,10 @@ def _of_point(name: str, point: Row, cases: Sequence[Row]) -> Row:
 
 def _nothing_found(data: Mapping[str, Any]) -> list[str]:
     found = []
+    for name, points in data.get("points", {}).items():
+        if points and points[-1].get("collapsed"):
+            ratio, edits = points[-1]["perplexity_ratio"], points[-1]["edits"]
+            found += [f"{name} collapsed by edit {edits} ({ratio:,.0f} times the perplexity): not gone on with.", ""]
     for name, cases in data.get("methods", {}).items():
         failed = [case for case in cases if case["outcome"] != "made"]
         if failed:
