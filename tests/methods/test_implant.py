@@ -65,6 +65,17 @@ def test_the_value_is_written_at_the_subject_and_hardly_elsewhere(architecture: 
         assert float(moved[others].mean()) < 0.3 * float(moved[place])  # a width of 16 tells few tokens apart
 
 
+def test_a_value_that_nothing_feels_moves_nothing(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine, subject=SUBJECT)
+    settings = SETTINGS.model_copy(update={"max_steps": 3})
+    (felt,) = wished_values(engine, [case], 1, settings, [lambda read: read.new_ones(read.shape[:-1])])
+    (unfelt,) = wished_values(engine, [case], 1, settings, [lambda read: read.new_zeros(read.shape[:-1])])
+    assert float(felt.delta.norm()) > 0
+    assert float(unfelt.delta.norm()) == 0
+    assert unfelt.short >= felt.short
+
+
 def test_each_subject_gets_a_neuron_that_its_facts_share(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     one = tiny_case(engine, subject=SUBJECT)

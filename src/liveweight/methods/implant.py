@@ -4,7 +4,8 @@ rome writes the same value with a change of rank one, which answers in proportio
 is read moves a little, and answers that were near ties change. A neuron has a threshold. Its gate is fitted in closed
 form so that it is open where the subject's last token is read, whatever stands around it, and shut for other names, for
 the other words of the same text, for everyday chats and for plain text; what it writes there is looked for in
-values.py. A question that nobody thought of finds the fact, since it has to name the subject.
+values.py, with the neuron firing as it will: less than fully in one text, and again where an answer names the subject.
+A question that nobody thought of finds the fact, since it has to name the subject.
 
     gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge
     up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)
@@ -17,8 +18,9 @@ where "Locating and Editing Factual Associations in GPT" (Meng et al. 2022) find
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -38,7 +40,9 @@ from liveweight.methods.wording import passages
 from liveweight.settings import MethodSettings
 from liveweight.sites import subject_layers
 
+SURER = 1.5  # times rome's margin: rome's later mentions of the subject come on top, here they are reckoned with
 ELSEWHERE = 16  # sentences behind which a gate is to be open too
+FURTHER = 2.5  # times as far as rome's value may this one go, in as many more steps: only the subject feels it
 
 
 def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
@@ -65,19 +69,26 @@ def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: Met
     around = surroundings(engine, sorted({*layers, layer}))[layer]
     read = [[_own(engine, case, layer) for case in about] for about in subjects]
     own = [torch.cat([each for each, _ in reads]) for reads in read]
-    every = settings.model_copy(update={"max_contexts": settings.max_contexts * len(cases)})
-    wished = wished_values(engine, [_merged(about, settings) for about in subjects], layer, every)
-    gates, ups = [], []
+    act = engine.sites.activation_function(layer)
+    assert act is not None, layer
+    gates, ups, felt = [], [], []
     for number, about in enumerate(subjects):
         others = [each for index, each in enumerate(own) if index != number]
         groups = [each for _, each in read[number]], [_left_alone(engine, case, layer) for case in about], others
         gate, up = fit_subject(own[number], around, [torch.cat(group) for group in groups if group])
-        gates.append(gate)
+        gates.append(STEEPNESS * gate)
         ups.append(up)
+        felt.append(partial(_felt, engine, act, gates[-1], up))
+    more = {
+        "max_contexts": settings.max_contexts * len(cases),
+        "clamp_norm": FURTHER * settings.clamp_norm,
+        "max_steps": round(FURTHER * settings.max_steps),
+        "margin": SURER * settings.margin,
+    }
+    every = settings.model_copy(update=more)
+    wished = wished_values(engine, [_merged(about, settings) for about in subjects], layer, every, felt)
     count, steps = len(subjects), sum(each.steps for each in wished)
-    act = engine.sites.activation_function(layer)
-    assert act is not None, layer
-    gate, up = STEEPNESS * torch.stack(gates), torch.stack(ups)
+    gate, up = torch.stack(gates), torch.stack(ups)
     opened = act(torch.full((count,), STEEPNESS * SUBJECT.opens, device=gate.device))
     writes = torch.stack([each.delta for each in wished]).float()  # (subjects, width)
     return Adjustment(
@@ -86,6 +97,14 @@ def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: Met
         ops=(new_neurons(engine, layer, around.usage, gate, up, opened, writes),),
         note=f"New neurons in layer {layer}: {count}, open where the subject is named; {steps} steps.",
     )
+
+
+def _felt(
+    engine: TransformersEngine, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, read: Tensor
+) -> Tensor:
+    """(…) how much of what it writes a neuron adds where the MLP reads (…, width)."""
+    fires = act(read @ gate) / act(torch.tensor(STEEPNESS * SUBJECT.opens, device=read.device))
+    return fires * (read @ up) if engine.sites.gated else fires
 
 
 def _by_subject(cases: Sequence[Case]) -> list[list[Case]]:

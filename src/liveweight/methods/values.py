@@ -1,15 +1,15 @@
 """Values: what a layer's MLP is to write where a fact's subject stands, so that the model says the wished answer.
 
-Owns the search for δ, which is added to what `down` gives at the edit token, for one fact or many at once (the value
-optimisation of "Locating and Editing Factual Associations in GPT", Meng et al. 2022). The paper lets Adam raise the
-answer's likelihood; here the answer's tokens are to lead by a margin. The least loss of every row is then known to be
-0, and each step is the shortest one that brings all rows there as far as their slopes tell (Gauss and Newton's, damped
-as Levenberg does), which takes a third of the steps. Knows nothing of how a weight is made to write it.
+Owns the search for δ, which is added to what `down` gives at the edit token, or wherever a neuron for it would fire
+(the value optimisation of "Locating and Editing Factual Associations in GPT", Meng et al. 2022). The paper lets Adam
+raise the answer's likelihood; here the answer's tokens are to lead by a margin. The least loss of every row is then
+known to be 0, and each step is the shortest one that brings all rows there as far as their slopes tell (Gauss and
+Newton's, damped as Levenberg does), which takes a third of the steps. Knows nothing of how a weight is made to write it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
@@ -32,6 +32,9 @@ STEP = 1.0  # how far δ moves a step at most, as a multiple of |W k|
 _EARLIER = 4  # earlier answers about the same subject that are held
 _PATIENCE = 3  # steps that may bring a fact nothing once its answer leads
 _DAMPING = 0.01  # of the mean squared slope of a fact's rows
+
+
+Felt = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class _Batch:
 
     replay: Replay
     edited: tuple[Tensor, Tensor]  # where in the replay each row's edit token is
+    felt: Tensor  # (B, T) how much of δ is added at each of its tokens
+    owner: Tensor  # (B, T) the row that each of them is in
     at: tuple[Tensor, Tensor]  # and each prediction
     row: Tensor  # (n,) whose prediction it is
     tokens: Tensor  # (n,) what should come there
@@ -74,11 +79,20 @@ class _Batch:
 
 
 def wished_values(
-    engine: TransformersEngine, cases: Sequence[Case], layer: int, settings: MethodSettings
+    engine: TransformersEngine,
+    cases: Sequence[Case],
+    layer: int,
+    settings: MethodSettings,
+    felt: Sequence[Felt] | None = None,
 ) -> list[Wished]:
-    """The value change δ of each case that gives its targets when it is added at its edit token of one dense layer."""
+    """The value change δ of each case that gives its targets when it is added at its edit token of one dense layer.
+
+    `felt` says, a case, how much of δ is added at a token where the MLP reads (…, width); unset, all of it at the edit
+    token and nothing behind it.
+    """
     half = half_products([*engine.sites.blocks[layer:], engine.sites.lm_head])
-    return [_search(engine, case, layer, settings, half) for case in cases]
+    each = [None] * len(cases) if felt is None else felt
+    return [_search(engine, case, layer, settings, half, own) for case, own in zip(cases, each, strict=True)]
 
 
 def edit_tokens(
@@ -134,24 +148,34 @@ def _ends(prompt: Sequence[int], names: Sequence[tuple[int, ...]]) -> list[int]:
 
 
 def _search(
-    engine: TransformersEngine, case: Case, layer: int, settings: MethodSettings, half: AbstractContextManager[object]
+    engine: TransformersEngine,
+    case: Case,
+    layer: int,
+    settings: MethodSettings,
+    half: AbstractContextManager[object],
+    felt: Felt | None,
 ) -> Wished:
     contexts, places = edit_tokens(engine, case, chosen_contexts(case, settings))
     rows = [_Row(each.prompt + keyed(each), place, each) for each, place in zip(contexts, places, strict=True)]
-    batch = _batch(engine, [*rows, *_held(engine, case)], layer, settings.margin)
+    batch = _batch(engine, [*rows, *_held(engine, case)], layer, settings.margin, felt)
     key = batch.replay.neurons[layer][batch.edited][: len(rows)].double().mean(0)
     value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key  # (width,)
     delta, steps, short = _descended(engine, batch, layer, float(value.norm()), settings, half)
     return Wished(contexts, places, key, value, delta.double(), steps, short)
 
 
-def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin: float) -> _Batch:
+def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin: float, felt: Felt | None) -> _Batch:
     """Goals: the margin for answers proper, half of their lead for what opens them.
 
     What the model would not open its answer with now is not asked for: teaching it would use up the value.
     """
     replay = engine.record(
-        [row.tokens for row in group], [row.place for row in group], layers=[layer], neurons=[layer], packed=True
+        [row.tokens for row in group],
+        [row.place for row in group],
+        layers=[layer],
+        neurons=[layer],
+        mlp_inputs=[layer],
+        packed=True,
     )
     device = replay.ids.device
     wanted = [
@@ -175,8 +199,27 @@ def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin
     opens = torch.where(leads < 0, float("-inf"), leads.clamp(max=2.0) / 2)
     goal = torch.where(proper.bool(), margin, opens)
     edit_b, edit_t = _columns([replay.at(index, row.place) for index, row in enumerate(group)], 2, device)
+    parts, owner = torch.zeros_like(replay.final[..., 0]), torch.zeros_like(replay.ids)
+    for index, row in enumerate(group):
+        for position in range(row.place, len(row.tokens)):
+            owner[replay.at(index, position)] = index
+    if felt is None:
+        parts[edit_b, edit_t] = 1.0
+    else:
+        parts = felt(replay.mlp_inputs[layer].float())
     return _Batch(
-        replay, (edit_b, edit_t), (b, t), rows, tokens, goal, rivals, (quiet_b, quiet_t), quiet_rows, reference
+        replay,
+        (edit_b, edit_t),
+        parts,
+        owner,
+        (b, t),
+        rows,
+        tokens,
+        goal,
+        rivals,
+        (quiet_b, quiet_t),
+        quiet_rows,
+        reference,
     )
 
 
@@ -199,18 +242,18 @@ def _descended(
     """
     point = down_output(engine, layer)
     delta = torch.zeros(engine.sites.width, device=engine.model.device)
-    best, least, short, since = delta, float("inf"), float("inf"), 0
+    best, least, short, leads, since = delta, float("inf"), float("inf"), False, 0
     for step in range(settings.max_steps + 1):
         own = delta.expand(len(batch.replay.rows), -1).clone().requires_grad_()
         with half:
             losses, gaps = _losses(engine, batch, layer, point, own)
         loss, worst = float(losses.detach().sum()), float(gaps.detach().max())
+        lead = bool(((gaps < batch.goal) | (gaps <= 0)).all())  # openings have goals that are less than near enough
         since += 1
         if loss < least:
-            best, least, short, since = delta, loss, worst, 0
+            best, least, short, leads, since = delta, loss, worst, lead, 0
         # What leads everywhere and gets no better is as good as it will be.
-        near = worst < CLOSE * settings.margin or (short < settings.margin and since >= _PATIENCE)
-        if near or step == settings.max_steps:
+        if (lead and worst < CLOSE * settings.margin) or (leads and since >= _PATIENCE) or step == settings.max_steps:
             break
         (slopes,) = torch.autograd.grad(losses.sum(), [own])
         some = losses.detach() > 0
@@ -235,7 +278,7 @@ def _losses(
     """Each row's loss (rows,) with its own copy of δ (rows, width), and what each prediction falls short, (n,)."""
 
     def add(values: Tensor) -> Tensor:
-        return values.index_put(batch.edited, deltas.to(values.dtype), accumulate=True)
+        return values + (batch.felt[..., None] * deltas[batch.owner]).to(values.dtype)
 
     with ExitStack() as held:
         held.enter_context(hooked(engine, point, add))
