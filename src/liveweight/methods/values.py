@@ -4,7 +4,8 @@ Owns the search for δ, which is added to what `down` gives at the edit token, o
 (the value optimisation of "Locating and Editing Factual Associations in GPT", Meng et al. 2022). The paper lets Adam
 raise the answer's likelihood; here the answer's tokens are to lead by a margin. The least loss of every row is then
 known to be 0, and each step is the shortest one that brings all rows there as far as their slopes tell (Gauss and
-Newton's, damped as Levenberg does), which takes a third of the steps. Knows nothing of how a weight is made to write it.
+Newton's, damped as Levenberg does), which takes a third of the steps. Knows nothing of how a
+weight is made to write it.
 """
 
 from __future__ import annotations
