@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Every arena figure of docs/benchmarks.md: benchmarks/arena.sh FOLDER OUT [PART ...]
 # FOLDER holds the public data sets (see README.md), OUT is where runs, tables and pictures go. A part that was stopped
-# goes on when it is asked for again. Parts: single qaedit sequential every lora digits steer learn; all without a name.
+# goes on when it is asked for again. Parts: single qaedit sequential table every lora digits steer learn; all without a name.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 data=$1 out=$2
 shift 2
-parts=${*:-single qaedit sequential every lora digits steer learn}
+parts=${*:-single qaedit sequential table every lora digits steer learn}
 mkdir -p "$out"
 # A workspace of its own: the arena wants the base model.
 arena() {
@@ -19,7 +19,8 @@ for part in $parts; do
     case $part in
         single) arena single --data counterfact --methods implant --cases 200 --damage-every 10 ;;
         qaedit) arena qaedit --data qaedit --methods implant --cases 200 --damage-every 10 ;;
-        sequential) arena sequential --data counterfact --methods implant,memit,alphaedit,rome --cases 500 --mode sequential ;;
+        sequential) arena sequential --data counterfact --methods implant --cases 500 --mode sequential ;;
+        table) arena table --data counterfact --methods all --cases 500 --mode sequential --measured 100 ;;
         every) arena every --data counterfact --methods all --cases 20 ;;
         lora) arena lora --data counterfact --methods implant,rome,lora --cases 20 --first 200 --damage-every 5 ;;
         digits) python benchmarks/digits.py --json "$out/digits.json" ;;
