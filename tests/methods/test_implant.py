@@ -9,27 +9,20 @@ import pytest
 import torch
 
 from liveweight.adjustments import Active, ReplaceNeurons
-from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, UnknownSite
-from liveweight.methods import implant, surroundings
+from liveweight.methods import implant
 from liveweight.methods.base import Case
 from liveweight.methods.trials import down_output
 from liveweight.methods.values import edit_tokens, wished_values
 from liveweight.settings import MethodSettings
 from liveweight.sites import subject_layers
-from tests.methods.tiny_cases import SUBJECT, tiny_case
+from tests.methods.tiny_cases import SUBJECT, about, tiny_case
 from tests.tracing.tiny_engines import tiny_engine
 
 SETTINGS = MethodSettings(layer=1, max_steps=60, clamp_norm=20)
 
-
-@pytest.fixture(autouse=True)
-def a_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a tiny model usually reads is read in a second."""
-    monkeypatch.setattr(surroundings, "everyday_questions", lambda: ["how are you?", "what is two?", "say hello"])
-    monkeypatch.setattr(surroundings, "same_questions", lambda: [["what is two?", "say: what is two?"]])
-    monkeypatch.setattr(surroundings, "_PLAIN_TOKENS", 512)
+pytestmark = pytest.mark.usefixtures("a_few_questions")
 
 
 def written(engine: TransformersEngine, prompt: tuple[int, ...], layer: int) -> torch.Tensor:
@@ -79,12 +72,7 @@ def test_a_value_that_nothing_feels_moves_nothing(tmp_path: Path) -> None:
 def test_each_subject_gets_a_neuron_that_its_facts_share(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     one = tiny_case(engine, subject=SUBJECT)
-    chats = [(Message("user", context.messages[-1].content.replace(SUBJECT, "bob")),) for context in one.contexts]
-    contexts = [
-        replace(c, messages=m, prompt=tuple(engine.encode(m))) for c, m in zip(one.contexts, chats, strict=True)
-    ]
-    other = replace(one, messages=chats[0], contexts=tuple(contexts), subject="bob")
-    found = implant.propose_all(engine, [one, other, one], MethodSettings(max_steps=10))
+    found = implant.propose_all(engine, [one, about(engine, one, "bob"), one], MethodSettings(max_steps=10))
     (op,) = found.ops
     assert isinstance(op, ReplaceNeurons)
     assert op.layer == subject_layers(engine.sites.layers)[0]

@@ -8,37 +8,20 @@ from pathlib import Path
 import pytest
 
 from liveweight.adjustments import Active, ReplaceNeurons
-from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
-from liveweight.methods import patch, surroundings
+from liveweight.methods import patch
 from liveweight.methods.base import Case
 from liveweight.methods.room import roomy_layer
 from liveweight.methods.trials import outcome
 from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
-from tests.methods.tiny_cases import SUBJECT, tiny_case
+from tests.methods.tiny_cases import SUBJECT, about, tiny_case
 from tests.tracing.tiny_engines import tiny_engine
 
 SETTINGS = MethodSettings(max_steps=60)
 
-
-@pytest.fixture(autouse=True)
-def a_few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a tiny model usually reads is read in a second."""
-    monkeypatch.setattr(surroundings, "everyday_questions", lambda: ["how are you?", "what is two?", "say hello"])
-    monkeypatch.setattr(surroundings, "same_questions", lambda: [["what is two?", "say: what is two?"]])
-    monkeypatch.setattr(surroundings, "_PLAIN_TOKENS", 512)
-
-
-def about(engine: TransformersEngine, case: Case, name: str, *, later: int) -> Case:
-    """The same questions about something else, with another answer."""
-    contexts = []
-    for context in case.contexts:
-        chat = (Message("user", context.messages[-1].content.replace(SUBJECT, name)),)
-        target = tuple((token + later) % engine.sites.vocabulary for token in context.target)
-        contexts.append(replace(context, messages=chat, prompt=tuple(engine.encode(chat)), target=target))
-    return replace(case, messages=contexts[0].messages, contexts=tuple(contexts), subject=name)
+pytestmark = pytest.mark.usefixtures("a_few_questions")
 
 
 def cases_of(engine: TransformersEngine) -> list[Case]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from liveweight.engines.base import Message, Sampling
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Case, CaseKind, Context
@@ -36,3 +38,13 @@ def tiny_case(engine: TransformersEngine, kind: CaseKind = "fix", *, rank: int =
         contexts=contexts,
         subject=subject,
     )
+
+
+def about(engine: TransformersEngine, case: Case, name: str, *, later: int = 0) -> Case:
+    """The same questions about something else, with an answer `later` tokens further on in the vocabulary."""
+    contexts = []
+    for context in case.contexts:
+        chat = (Message("user", context.messages[-1].content.replace(SUBJECT, name)),)
+        target = tuple((token + later) % engine.sites.vocabulary for token in context.target)
+        contexts.append(replace(context, messages=chat, prompt=tuple(engine.encode(chat)), target=target))
+    return replace(case, messages=contexts[0].messages, contexts=tuple(contexts), subject=name)

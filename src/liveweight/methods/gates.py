@@ -183,6 +183,25 @@ def fit(
     return torch.stack(gates), torch.stack(ups), torch.tensor(opens, device=device)
 
 
+def opened(engine: TransformersEngine, layer: int, opens: Tensor) -> Tensor:
+    """(P,) what the activation function gives where gates read `opens` (P,)."""
+    act = engine.sites.activation_function(layer)
+    assert act is not None, layer  # a dense layer has one
+    value: Tensor = act(STEEPNESS * opens)
+    return value
+
+
+def firing(engine: TransformersEngine, layer: int, read: Tensor, gates: Tensor, ups: Tensor, opens: Tensor) -> Tensor:
+    """(…, P) how much of what they write neurons add where the MLP reads `read` (…, width): 1 where they are open.
+
+    `gates` and `ups` (P, width) and `opens` (P,) are as `fit` returns them.
+    """
+    act = engine.sites.activation_function(layer)
+    assert act is not None, layer
+    fires: Tensor = act(STEEPNESS * (read @ gates.T)) / opened(engine, layer, opens)
+    return fires * (read @ ups.T) if engine.sites.gated else fires
+
+
 def fit_subject(own: Tensor, around: Surroundings, left_alone: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gate and up rows, (width,) each, that are open where a subject has been read and shut in all else.
 

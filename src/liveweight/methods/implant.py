@@ -18,7 +18,7 @@ where "Locating and Editing Factual Associations in GPT" (Meng et al. 2022) find
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -30,7 +30,7 @@ from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods.base import Answered, Case
-from liveweight.methods.gates import STEEPNESS, SUBJECT, fit_subject, like_answers
+from liveweight.methods.gates import STEEPNESS, SUBJECT, firing, fit_subject, like_answers, opened
 from liveweight.methods.keys import behind_beginning
 from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import surroundings
@@ -69,16 +69,15 @@ def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: Met
     around = surroundings(engine, sorted({*layers, layer}))[layer]
     read = [[_own(engine, case, layer) for case in about] for about in subjects]
     own = [torch.cat([each for each, _ in reads]) for reads in read]
-    act = engine.sites.activation_function(layer)
-    assert act is not None, layer
+    opens = torch.full((1,), SUBJECT.opens, device=engine.model.device)
     gates, ups, felt = [], [], []
     for number, about in enumerate(subjects):
         others = [each for index, each in enumerate(own) if index != number]
         groups = [each for _, each in read[number]], [_left_alone(engine, case, layer) for case in about], others
         gate, up = fit_subject(own[number], around, [torch.cat(group) for group in groups if group])
-        gates.append(STEEPNESS * gate)
+        gates.append(gate)
         ups.append(up)
-        felt.append(partial(_felt, engine, act, gates[-1], up))
+        felt.append(partial(_felt, engine, layer, gate, up, opens))
     more = {
         "max_contexts": settings.max_contexts * len(cases),
         "clamp_norm": FURTHER * settings.clamp_norm,
@@ -88,23 +87,19 @@ def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: Met
     every = settings.model_copy(update=more)
     wished = wished_values(engine, [_merged(about, settings) for about in subjects], layer, every, felt)
     count, steps = len(subjects), sum(each.steps for each in wished)
-    gate, up = torch.stack(gates), torch.stack(ups)
-    opened = act(torch.full((count,), STEEPNESS * SUBJECT.opens, device=gate.device))
+    gate, up, open_value = STEEPNESS * torch.stack(gates), torch.stack(ups), opened(engine, layer, opens.expand(count))
     writes = torch.stack([each.delta for each in wished]).float()  # (subjects, width)
     return Adjustment(
         name=named("implant", cases[0]) if len(cases) == 1 else f"implant: {len(cases)} facts",
         method="implant",
-        ops=(new_neurons(engine, layer, around.usage, gate, up, opened, writes),),
+        ops=(new_neurons(engine, layer, around.usage, gate, up, open_value, writes),),
         note=f"New neurons in layer {layer}: {count}, open where the subject is named; {steps} steps.",
     )
 
 
-def _felt(
-    engine: TransformersEngine, act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor, read: Tensor
-) -> Tensor:
+def _felt(engine: TransformersEngine, layer: int, gate: Tensor, up: Tensor, opens: Tensor, read: Tensor) -> Tensor:
     """(…) how much of what it writes a neuron adds where the MLP reads (…, width)."""
-    fires = act(read @ gate) / act(torch.tensor(STEEPNESS * SUBJECT.opens, device=read.device))
-    return fires * (read @ up) if engine.sites.gated else fires
+    return firing(engine, layer, read, gate[None], up[None], opens)[..., 0]
 
 
 def _by_subject(cases: Sequence[Case]) -> list[list[Case]]:

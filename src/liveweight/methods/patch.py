@@ -24,6 +24,7 @@ the least used ones. The step length: Polyak, "Minimization of unsmooth function
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +36,9 @@ from liveweight.engines.half import half_products
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods.base import Case
-from liveweight.methods.gates import OPENING, STEEPNESS, Batch, fit, most_alike, neighbours, uncontested
+from liveweight.methods.gates import OPENING, STEEPNESS, Batch, firing, fit, most_alike, neighbours, opened, uncontested
 from liveweight.methods.room import new_neurons, roomy_layer
-from liveweight.methods.surroundings import surroundings
+from liveweight.methods.surroundings import Surroundings, surroundings
 from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
 
@@ -72,29 +73,34 @@ def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: Met
                 planned.append(_planned(engine, case, planned, settings, alone=len(cases) == 1))
             except NoMendFound as error:
                 missed = error
+        layers = sorted({plan.layer for plan in planned})
+        around = surroundings(engine, layers)
+        half = {each: half_products([*engine.sites.blocks[each:], engine.sites.lm_head]) for each in layers}
         found: dict[int, list[_Neurons]] = {}
         for number, plan in enumerate(planned):
             rest = planned[:number] + planned[number + 1 :]
             alike = most_alike(plan.case, [each.case.contexts[0].prompt for each in rest])
             beside = [rest[index].said[plan.layer] for index in alike]
+            where = _Place(plan.layer, around[plan.layer], half[plan.layer])
             try:
-                found.setdefault(plan.layer, []).append(_neurons(engine, plan, beside, settings, crowded=crowded))
+                neurons = _neurons(engine, plan, where, beside, settings, crowded=crowded)
             except NoMendFound as error:
                 missed = error
-    if missed is not None and not any(found.values()):
+            else:
+                found.setdefault(plan.layer, []).append(neurons)
+    if missed is not None and not found:
         raise missed
     ops = []
     for layer, there in sorted(found.items()):
-        usage = surroundings(engine, [layer])[layer].usage
         parts = ([getattr(each, name) for each in there] for name in ("gates", "ups", "opened", "writes"))
-        ops += [new_neurons(engine, layer, usage, *map(torch.cat, parts))] if there else []
-    count, where = sum(len(op.neurons) for op in ops), " and ".join(str(op.layer) for op in ops)
+        ops.append(new_neurons(engine, layer, around[layer].usage, *map(torch.cat, parts)))
+    count, layer_names = sum(len(op.neurons) for op in ops), " and ".join(str(op.layer) for op in ops)
     one = len(cases) == 1
     return Adjustment(
         name=f"{cases[0].kind}: {cases[0].question[:60]}" if one else f"patch: {len(cases)} facts",
         method="patch",
         ops=tuple(ops),
-        note=f"Neurons taken in layer {where}: {count}." + (f" They say: {cases[0].wanted}" if one else ""),
+        note=f"Neurons taken in layer {layer_names}: {count}." + (f" They say: {cases[0].wanted}" if one else ""),
     )
 
 
@@ -107,6 +113,15 @@ class _Planned:
     batch: Batch
     due: list[int]
     said: dict[int, Tensor]  # layer -> (T, width), what is read where its first answer is said; of one of many
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A layer, and what is the same for all cases that are mended there."""
+
+    layer: int
+    around: Surroundings
+    half: AbstractContextManager[object]  # in which a search runs the layers from there up
 
 
 @dataclass(frozen=True)
@@ -144,22 +159,22 @@ def _planned(
 
 
 def _neurons(
-    engine: TransformersEngine, plan: _Planned, beside: Sequence[Tensor], settings: MethodSettings, *, crowded: bool
+    engine: TransformersEngine,
+    plan: _Planned,
+    where: _Place,
+    beside: Sequence[Tensor],
+    settings: MethodSettings,
+    *,
+    crowded: bool,
 ) -> _Neurons:
     """One case's neurons, shut where the answers `beside` it are said."""
     case, layer, batch = plan.case, plan.layer, plan.batch
-    around = surroundings(engine, [layer])[layer]
     near = neighbours(engine, case, layer, beside)
     due = uncontested(batch, plan.due, near) or plan.due
-    gates, ups, opens = fit(batch, due, around, near, careful=case.careful, crowded=crowded)
-    act = engine.sites.activation_function(layer)
-    assert act is not None, layer
-    opened = act(STEEPNESS * opens)
-    firing = act(STEEPNESS * (batch.x @ gates.T)) / opened  # (B, T, P)
-    if engine.sites.gated:
-        firing = firing * (batch.x @ ups.T)
-    writes = _optimise(engine, case, batch, due, layer, firing, settings)
-    return _Neurons(STEEPNESS * gates, ups, opened, writes)
+    gates, ups, opens = fit(batch, due, where.around, near, careful=case.careful, crowded=crowded)
+    fires = firing(engine, layer, batch.x, gates, ups, opens)
+    writes = _optimise(engine, case, batch, due, where, fires, settings)
+    return _Neurons(STEEPNESS * gates, ups, opened(engine, layer, opens), writes)
 
 
 def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:
@@ -228,13 +243,14 @@ def _optimise(
     case: Case,
     batch: Batch,
     due: list[int],
-    layer: int,
-    firing: Tensor,
+    where: _Place,
+    fired: Tensor,
     settings: MethodSettings,
 ) -> Tensor:
     """(P, width) what the neurons write, so that every due token leads by MARGIN and no other loses half its lead.
 
-    The loss is the sum of what the leads fall short. Its least value is known, 0, so each step is Polyak's.
+    `fired` (B, T, P) is how much of it each adds at the targets' tokens. The loss is the sum of what the leads fall
+    short. Its least value is known, 0, so each step is Polyak's.
     """
     wanted = torch.isin(batch.place, torch.tensor(due, device=batch.place.device)) & batch.real
     goal = torch.where(wanted, MARGIN, batch.lead.clamp(max=MARGIN) * 0.5)
@@ -244,7 +260,7 @@ def _optimise(
     replay = engine.record(
         [context.tokens[:-1] for context in contexts],
         [len(context.prompt) - 1 + begin for context, begin in zip(contexts, first, strict=True)],
-        layers=[layer],
+        layers=[where.layer],
         final=False,
     )
     places = [
@@ -253,21 +269,20 @@ def _optimise(
         for step in range(begin, len(context.target))
         if bool(batch.real[row, step])
     ]
-    rows, columns, steps = (torch.tensor(part, device=firing.device) for part in zip(*places, strict=True))
+    rows, columns, steps = (torch.tensor(part, device=fired.device) for part in zip(*places, strict=True))
     target, goal = batch.target[rows, steps], goal[rows, steps]
-    fires = torch.zeros(*replay.ids.shape, firing.shape[-1], device=firing.device)
-    fires[rows, columns] = firing[rows, steps]
-    writes = torch.zeros(len(due), engine.sites.width, device=firing.device, requires_grad=True)
-    stream = replay.inputs[layer].detach()
+    fires = torch.zeros(*replay.ids.shape, fired.shape[-1], device=fired.device)
+    fires[rows, columns] = fired[rows, steps]
+    writes = torch.zeros(len(due), engine.sites.width, device=fired.device, requires_grad=True)
+    stream = replay.inputs[where.layer].detach()
     most = LONGEST_STEP * float(stream[rows, columns].float().norm(dim=-1).median())
-    down: nn.Module = engine.sites.weight(engine.sites.mlp_part(layer, "down")).module
-    half = half_products([*engine.sites.blocks[layer:], engine.sites.lm_head])
+    down: nn.Module = engine.sites.weight(engine.sites.mlp_part(where.layer, "down")).module
     rivals: Tensor | None = None  # (n, k), what a target may have to beat; what else may is looked at in the end
     for _ in range(settings.max_steps):
-        with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), half:
+        with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), where.half:
             handle = down.register_forward_hook(lambda _, args, out: out + (fires @ writes).to(out.dtype))
             try:
-                final = replay.run(layer, stream)
+                final = replay.run(where.layer, stream)
             finally:
                 handle.remove()
             final = final[rows, columns]
