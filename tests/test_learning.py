@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from liveweight.adjustments import Adjustment
+from liveweight.adjustments import LowRank, State
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, UnknownMethod
+from liveweight.guard import Guard, GuardReport
 from liveweight.learning import Learner
 from liveweight.lessons import lesson, read_lessons
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS, Case, case
+from liveweight.methods.base import Joint
 from liveweight.settings import MethodSettings
 from tests.tiny_workspace import OTHER, QUESTION, SHOUT, shout_all, tiny_settings
 
@@ -60,10 +63,12 @@ def test_what_did_not_come_is_tried_again_together_before_it_is_fixed_alone(
 ) -> None:
     asked = []
 
-    def halting(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+    def halting(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
         """Says its letter for the first case of many only."""
-        asked.append(len(cases))
-        return shout_all(engine, cases[:1], settings)
+        given = list(cases)
+        asked.append(len(given))
+        found = shout_all(engine, given, settings)
+        return lambda numbers: found(numbers[:1])
 
     monkeypatch.setitem(METHODS, "shout", replace(SHOUT, together=halting))
     right = iter([[False, False], [True, False], [True]])
@@ -88,6 +93,37 @@ def test_over_budget_a_joint_change_is_divided_until_single_ones_are_refused(tmp
         assert [item.outcome for item in found.items] == ["refused", "refused"]
         assert [change.state for change in live.changes()] == ["refused", "refused"]
         assert live.engine.state == ()
+
+
+def test_what_moves_a_single_item_too_far_is_left_out_and_fixed_alone(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what comes from the second correction is too much, in whatever company; nothing is searched for again."""
+    searched = []
+
+    def counting(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
+        given = list(cases)
+        searched.append(len(given))
+        return shout_all(engine, given, settings)
+
+    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, together=counting))
+    measure, b = Guard.measure, live.engine.format.encode_text("b")[0]
+
+    def strict(self: Guard, after: State, **options: Any) -> GuardReport:
+        found = measure(self, after, **options)
+        ops = [op for active in after for op in active.adjustment.ops if isinstance(op, LowRank)]
+        if not any(float(op.left[b]) for op in ops):
+            return found
+        return found.model_copy(update={"reasons": ("too much",), "too_far": ("hello there",)})
+
+    monkeypatch.setattr(Guard, "measure", strict)
+    more = [*FIXES, *({"prompt": f"{letter}?", "correction": "a"} for letter in "efgh")]
+    more[1] = {"prompt": OTHER, "correction": "b"}
+    found = live.learn(more, method="shout")
+    assert len(searched) == 1 and searched[0] >= 4
+    assert found.items[1].outcome == "refused"
+    assert {item.outcome for item in found.items if item.wanted == "a"} <= {"learnt", "already"}
+    assert found.changes == ("c1", "c2")
 
 
 def test_ratings_are_judged_one_by_one_beside_the_joint_change(live: LiveModel) -> None:

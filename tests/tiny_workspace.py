@@ -7,7 +7,7 @@ loop's mechanics are tested with, because a random model of four layers has noth
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from liveweight.adjustments import Adjustment, LowRank
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods import METHODS, Case, Described
+from liveweight.methods.base import Joint
 from liveweight.settings import MethodSettings, Settings
 from tests.tracing.tiny_engines import tiny_tokenizer
 
@@ -99,10 +100,15 @@ def shout(engine: TransformersEngine, case: Case, settings: MethodSettings) -> A
     )
 
 
-def shout_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+def shout_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
     """What each case asks for, in one change."""
-    ops = tuple(op for case in cases for op in shout(engine, case, settings).ops)
-    return Adjustment(name=f"shout {len(cases)} letters", method="shout", ops=ops)
+    found = [shout(engine, case, settings).ops for case in cases]
+
+    def change(numbers: Sequence[int]) -> Adjustment:
+        ops = tuple(op for number in numbers for op in found[number])
+        return Adjustment(name=f"shout {len(numbers)} letters", method="shout", ops=ops)
+
+    return change
 
 
 SHOUT = Described("shout", shout, "Says one letter.", ("fix", "bad", "good"), together=shout_all)

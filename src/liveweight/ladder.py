@@ -32,15 +32,22 @@ class Phases:
     """Seconds by phase of one judgement."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _within: list[str] = field(default_factory=list, repr=False)
 
     @contextmanager
     def of(self, phase: str) -> Iterator[None]:
-        """Count what the block takes as that phase."""
+        """Count what the block takes as that phase, and not as the one around it."""
         start = time.perf_counter()
+        self._within.append(phase)
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self._within.pop()
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+            if self._within:
+                around = self._within[-1]
+                self.seconds[around] = self.seconds.get(around, 0.0) - spent
 
 
 @dataclass(frozen=True)

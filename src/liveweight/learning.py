@@ -6,8 +6,10 @@ already is left alone, so that a run that was stopped is gone on with by running
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +19,7 @@ from liveweight.commits import Commits
 from liveweight.conversation import Chatter
 from liveweight.engines.base import ScoreItem
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput, LiveweightError, UnknownMethod
+from liveweight.errors import InvalidInput, LiveweightError, NoMendFound, UnknownMethod
 from liveweight.evidence import moved, prompt_hash, touched_neurons
 from liveweight.guard import Guard, GuardReport
 from liveweight.judging import Judge, Judgement, Options
@@ -26,7 +28,7 @@ from liveweight.ledger import Change as Record
 from liveweight.ledger import Ledger, Proposal
 from liveweight.lessons import Lesson
 from liveweight.methods import METHODS, build_case, works
-from liveweight.methods.base import Case
+from liveweight.methods.base import Case, Joint
 from liveweight.methods.case import OPENING, prompts_of
 from liveweight.methods.trials import keyed
 from liveweight.methods.tuned import settings_for
@@ -38,6 +40,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 JOINT = "patch"  # the method of a joint change, unless told otherwise
 _AT_ONCE = 12  # lessons that are read together
+_BLAMED = 4  # every so many-th of a joint change may be left out for what single items would be moved
 
 
 class Learnt(BaseModel):
@@ -172,27 +175,47 @@ class Learner:
 
     def _together(self, lessons: Sequence[Lesson], options: Options, progress: Progress) -> list[Learnt]:
         """What became of those that a joint change can bring, or that need none."""
-        progress("asking", 0, len(lessons))
-        with self._phases.of("case"), self._engine.remembering():
-            replies = self._chatter.recalled([(each.prompt, each.answer) for each in lessons])
-            items: list[_Item] = []
+        method = METHODS[options.method or JOINT]
+        found: list[Learnt] = []
+        items: list[_Item] = []  # what a joint change is to bring, as far as it has been read
+
+        def cases() -> Iterator[Case]:
             for start in range(0, len(lessons), _AT_ONCE):
                 progress("reading what is asked", start, len(lessons))
-                some = list(zip(lessons, replies, strict=True))[start : start + _AT_ONCE]
-                # What building the cases will ask for, many at once; few enough to be remembered.
-                prompts = [prompt for _, reply in some for prompt in prompts_of(self._engine, reply.prompt)]
-                self._engine.greedy(prompts, OPENING)
-                items += [_Item(lesson, reply, self._case(lesson, reply)) for lesson, reply in some]
-        right = self._right((), items)
-        found = [item.became("already") for item, there in zip(items, right, strict=True) if there]
-        by_subject = METHODS[options.method or JOINT].by_subject
-        open_items = [
-            item
-            for item, there in zip(items, right, strict=True)
-            if not there and (item.case.subject is not None or not by_subject)
-        ]
-        made = self._change(open_items, options, progress) if open_items else []
+                with self._phases.of("case"):
+                    some = self._items(lessons[start : start + _AT_ONCE], replies[start : start + _AT_ONCE])
+                    right = self._right((), some)
+                found.extend(item.became("already") for item, there in zip(some, right, strict=True) if there)
+                for item, there in zip(some, right, strict=True):
+                    if not there and (item.case.subject is not None or not method.by_subject):
+                        items.append(item)
+                        yield item.case
+
+        progress("asking", 0, len(lessons))
+        joint: Joint | LiveweightError
+        with self._engine.remembering():  # a case is searched for while what was read of it is remembered
+            with self._phases.of("case"):
+                replies = self._chatter.recalled([(each.prompt, each.answer) for each in lessons])
+            reading = cases()
+            first = next(reading, None)
+            if first is None:
+                return found
+            try:
+                joint = self._search(chain([first], reading), options)
+            except LiveweightError as error:
+                joint = error
+                deque(reading, maxlen=0)  # all the same
+        if isinstance(joint, LiveweightError):
+            made = self._apart(items, joint, options, progress)
+        else:
+            made = self._settled(items, joint, options, progress)
         return found + [item for item in made if item.outcome != "failed"]
+
+    def _items(self, lessons: Sequence[Lesson], replies: Sequence[Reply]) -> list[_Item]:
+        """The corrections with their cases; few enough to be remembered."""
+        # What building the cases will ask for, many at once.
+        self._engine.greedy([prompt for each in replies for prompt in prompts_of(self._engine, each.prompt)], OPENING)
+        return [_Item(lesson, reply, self._case(lesson, reply)) for lesson, reply in zip(lessons, replies, strict=True)]
 
     def _case(self, lesson: Lesson, reply: Reply) -> Case:
         spoken = self._judge.spoken(reply)
@@ -200,58 +223,115 @@ class Learner:
             self._engine, reply.prompt, reply.text, spoken, kind="fix", wanted=lesson.correction, brief=True
         )
 
-    def _change(self, items: Sequence[_Item], options: Options, progress: Progress) -> list[Learnt]:
-        """One change for these; where it moves too much, one for each half."""
+    def _search(self, cases: Iterable[Case], options: Options) -> Joint:
         method = options.method or JOINT
         together = METHODS[method].together
         assert together is not None  # looked at before anything was asked
-        settings = settings_for(self._engine, method, self._settings.methods)
-        progress(f"{method}: {len(items)} corrections", 0, len(items))
+        with self._phases.of("propose"):
+            return together(self._engine, cases, settings_for(self._engine, method, self._settings.methods))
+
+    def _change(self, items: Sequence[_Item], options: Options, progress: Progress) -> list[Learnt]:
+        """One search for these, and the change that comes of it; where it fails, one for each half."""
+        progress(f"{options.method or JOINT}: {len(items)} corrections", 0, len(items))
         try:
-            with self._phases.of("propose"):
-                proposed = sparing(
-                    self._engine,
-                    together(self._engine, [item.case for item in items], settings),
-                )
+            joint = self._search([item.case for item in items], options)
         except LiveweightError as error:
-            if len(items) == 1:
-                return [items[0].became("failed", error.message)]
-            return self._halves(items, options, progress)
+            return self._apart(items, error, options, progress)
+        return self._settled(items, joint, options, progress)
+
+    def _apart(
+        self, items: Sequence[_Item], error: LiveweightError, options: Options, progress: Progress
+    ) -> list[Learnt]:
+        """Each half searched for on its own, where a search for all of them ended with `error`."""
+        middle = len(items) // 2
+        if not middle:
+            return [item.became("failed", error.message) for item in items]
+        return [*self._change(items[:middle], options, progress), *self._change(items[middle:], options, progress)]
+
+    def _settled(
+        self,
+        items: Sequence[_Item],
+        joint: Joint,
+        options: Options,
+        progress: Progress,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Learnt]:
+        """What a search found, committed, for as many of these items as the guard lets pass at once."""
+        numbers = range(len(items)) if numbers is None else numbers
+        chosen = [items[number] for number in numbers]
+        try:
+            proposed = sparing(self._engine, joint(numbers))
+        except LiveweightError as error:
+            return [item.became("failed", error.message) for item in chosen]
+        progress("looking at the new answers", 0, len(chosen))
         with self._phases.of("check"):
-            right = self._right((Active(proposed),), items)
-        progress("measuring what else would change", 0, len(items))
+            right = self._right((Active(proposed),), chosen)
+        progress("measuring what else would change", 0, len(chosen))
         with self._phases.of("guard"):
-            candidate = (*self._engine.state, Active(proposed))
             measured = self._guard.measure(
-                candidate,
+                (*self._engine.state, Active(proposed)),
                 protected=self._commits.protected_items(),
-                leave_out=[item.lesson.prompt for item in items],
+                leave_out=[item.lesson.prompt for item in chosen],
                 facts=sum(right),
                 progress=False,
             )
-        trial = _Trial(items, right, proposed, measured, options.force and not measured.passed)
         if not measured.passed and not options.force:
-            if len(items) > 1:
-                return self._halves(items, options, progress)
-            refused = self._commits.refuse(self._proposal(trial), measured)
-            return [items[0].became("refused", refused.message, refused.details["change"])]
+            return self._divided(items, joint, options, progress, numbers, measured)
+        trial = _Trial(chosen, right, proposed, measured, options.force and not measured.passed)
         unlearnt = "The joint change did not bring it."
         if not any(right):
-            return [item.became("failed", unlearnt) for item in items]
+            return [item.became("failed", unlearnt) for item in chosen]
         label = None if options.preview else self._commit(trial).label
         made: Outcome = "preview" if options.preview else "learnt"
-        found = [item.became(made, "", label) for item, there in zip(items, right, strict=True) if there]
-        rest = [item for item, there in zip(items, right, strict=True) if not there]
-        if rest and label is not None:  # once more, beside what has been learnt
-            return found + self._change(rest, options, progress)
-        return found + [item.became("failed", unlearnt) for item in rest]
+        found = [item.became(made, "", label) for item, there in zip(chosen, right, strict=True) if there]
+        left = [item for item, there in zip(chosen, right, strict=True) if not there]
+        if left and label is not None:  # once more, beside what has been learnt
+            return found + self._change(left, options, progress)
+        return found + [item.became("failed", unlearnt) for item in left]
 
-    def _halves(self, items: Sequence[_Item], options: Options, progress: Progress) -> list[Learnt]:
-        middle = len(items) // 2
-        return [
-            *self._change(items[:middle], options, progress),
-            *self._change(items[middle:], options, progress),
-        ]
+    def _divided(
+        self,
+        items: Sequence[_Item],
+        joint: Joint,
+        options: Options,
+        progress: Progress,
+        numbers: Sequence[int],
+        measured: GuardReport,
+    ) -> list[Learnt]:
+        """What was refused without those who are to blame for it, where they can be told; else in halves."""
+        with self._phases.of("guard"):
+            blamed = self._blamed(joint, numbers, measured) if measured.on_the_whole else []
+        rest = [number for number in numbers if number not in blamed]
+        middle = 0 if blamed else len(rest) // 2
+        parts = [part for part in (rest[:middle], rest[middle:]) if part] if len(rest) > 1 else []
+        why = "In a joint change it would move too much: " + "; ".join(measured.reasons) + "."
+        found = [items[number].became("failed", why) for number in (blamed if parts else numbers)]
+        return found + [each for part in parts for each in self._settled(items, joint, options, progress, part)]
+
+    def _blamed(self, joint: Joint, numbers: Sequence[int], measured: GuardReport) -> list[int]:
+        """Those without whom no single item would be moved too far; none where that would be every fourth or more."""
+        changed = {each.text for each in measured.protected_changed}
+        broken = [each for each in self._commits.protected_items() if each.label in changed]
+
+        def breaks(some: Sequence[int]) -> bool:
+            try:
+                trial = Active(sparing(self._engine, joint(some)))
+            except NoMendFound:
+                return False
+            state = (*self._engine.state, trial)
+            found = self._guard.measure(state, protected=broken, only=measured.too_far, progress=False)
+            return bool(found.too_far or found.protected_changed)
+
+        rest, blamed = list(numbers), list[int]()
+        while rest and breaks(rest):
+            if len(blamed) >= len(numbers) // _BLAMED:
+                return []
+            fewer, enough = 0, len(rest)  # the first `enough` of the rest break it, the first `fewer` do not
+            while enough - fewer > 1:
+                middle = (fewer + enough) // 2
+                fewer, enough = (fewer, middle) if breaks(rest[:middle]) else (middle, enough)
+            blamed.append(rest.pop(enough - 1))
+        return blamed
 
     def _right(self, trial: tuple[Active, ...], items: Sequence[_Item]) -> list[bool]:
         """Whether each wished answer comes, with `trial` on top of the present state."""

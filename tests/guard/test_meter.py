@@ -103,6 +103,25 @@ def test_a_loud_change_is_over_budget_and_says_what_breaks(engine: TransformersE
     assert report.changed[0].before != report.changed[0].after
 
 
+def test_items_that_are_moved_too_far_are_named_and_can_be_measured_alone(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    loose = {"max_mean_kl": 1e6, "max_p95_kl": 1e6, "max_changed_answers": 1.0, "max_perplexity_ratio": 1e9}
+    every = Guard(engine, SETTINGS.model_copy(update=loose), tmp_path, PROBES)
+    state = change(engine, 50.0)
+    worst = every.measure(state, progress=False)
+    limit = worst.worst_kl * 0.999
+    guard = Guard(engine, SETTINGS.model_copy(update=loose | {"max_worst_kl": limit}), tmp_path, PROBES)
+    report = guard.measure(state, progress=False)
+    assert report.too_far == (worst.worst_text,)
+    assert report.on_the_whole and not report.passed
+    alone = guard.measure(state, only=report.too_far, progress=False)
+    assert (alone.items, alone.too_far) == (1, report.too_far)
+    assert alone.mean_kl == pytest.approx(report.worst_kl)
+    strict = Guard(engine, SETTINGS.model_copy(update={"max_mean_kl": 0.0}), tmp_path, PROBES)
+    assert not strict.measure(state, progress=False).on_the_whole
+
+
 def test_a_change_is_charged_only_for_what_it_adds(engine: TransformersEngine, tmp_path: Path) -> None:
     first = change(engine, 50.0)
     guard = Guard(engine, SETTINGS, tmp_path, PROBES)

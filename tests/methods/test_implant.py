@@ -43,7 +43,7 @@ def placed(engine: TransformersEngine, case: Case) -> dict[tuple[int, ...], int]
 def test_the_value_is_written_at_the_subject_and_hardly_elsewhere(architecture: str, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, tmp_path)
     case = tiny_case(engine, subject=SUBJECT)
-    found = implant.propose_all(engine, [case], SETTINGS)
+    found = implant.propose_all(engine, [case], SETTINGS)([0])
     (op,) = found.ops
     assert isinstance(op, ReplaceNeurons)
     assert op.layer == 1
@@ -72,20 +72,25 @@ def test_a_value_that_nothing_feels_moves_nothing(tmp_path: Path) -> None:
 def test_each_subject_gets_a_neuron_that_its_facts_share(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     one = tiny_case(engine, subject=SUBJECT)
-    found = implant.propose_all(engine, [one, about(engine, one, "bob"), one], MethodSettings(max_steps=10))
+    again = replace(one, wanted="again")
+    joint = implant.propose_all(engine, [one, about(engine, one, "bob"), again], MethodSettings(max_steps=10))
+    found = joint([0, 1, 2])
     (op,) = found.ops
     assert isinstance(op, ReplaceNeurons)
     assert op.layer == subject_layers(engine.sites.layers)[0]
     assert len(set(op.neurons)) == 2
     assert op.down.shape == (engine.sites.width, 2)
+    (own,), (other,) = joint([2]).ops, joint([1]).ops
+    assert isinstance(own, ReplaceNeurons) and isinstance(other, ReplaceNeurons)
+    assert torch.equal(torch.cat((own.down, other.down), dim=1), op.down)
 
 
 def test_the_next_one_takes_other_neurons(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     case = tiny_case(engine, subject=SUBJECT)
-    first = implant.propose_all(engine, [case], SETTINGS)
+    first = implant.propose_all(engine, [case], SETTINGS)([0])
     engine.become((Active(first),))
-    second = implant.propose_all(engine, [replace(case, wanted="")], SETTINGS)
+    second = implant.propose_all(engine, [replace(case, wanted="")], SETTINGS)([0])
     taken = [op.neurons for each in (first, second) for op in each.ops if isinstance(op, ReplaceNeurons)]
     assert not set(taken[0]) & set(taken[1])
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from liveweight.adjustments import Active, ReplaceNeurons
 from liveweight.engines.transformers import TransformersEngine
@@ -33,7 +34,7 @@ def cases_of(engine: TransformersEngine) -> list[Case]:
 def test_many_cases_are_mended_by_one_change(architecture: str, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, tmp_path)
     cases = cases_of(engine)
-    found = patch.propose_all(engine, cases, SETTINGS)
+    found = patch.propose_all(engine, iter(cases), SETTINGS)(range(3))
     assert all(isinstance(op, ReplaceNeurons) for op in found.ops)
     assert found.name == "patch: 3 facts"
     for case in cases:
@@ -48,7 +49,16 @@ def test_many_cases_are_mended_by_one_change(architecture: str, tmp_path: Path) 
 def test_alone_and_as_one_of_one_it_is_the_same_change(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     case = tiny_case(engine, subject=SUBJECT)
-    assert patch.propose(engine, case, SETTINGS).hash == patch.propose_all(engine, [case], SETTINGS).hash
+    assert patch.propose(engine, case, SETTINGS).hash == patch.propose_all(engine, [case], SETTINGS)([0]).hash
+
+
+def test_some_of_a_joint_change_are_the_same_neurons_without_the_others(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    joint = patch.propose_all(engine, cases_of(engine), SETTINGS)
+    (every,), (first,), (rest,) = (joint(numbers).ops for numbers in ([0, 1, 2], [0], [1, 2]))
+    assert isinstance(every, ReplaceNeurons) and isinstance(first, ReplaceNeurons) and isinstance(rest, ReplaceNeurons)
+    assert torch.equal(torch.cat((first.down, rest.down), dim=1), every.down)
+    assert torch.equal(torch.cat((first.up, rest.up)), every.up)
 
 
 def test_what_is_planned_for_a_layer_counts_as_taken(tmp_path: Path) -> None:
@@ -62,7 +72,7 @@ def test_of_many_those_that_cannot_be_mended_are_left_out(tmp_path: Path) -> Non
     engine = tiny_engine("llama", tmp_path)
     case, other, _ = cases_of(engine)
     said = replace(case, contexts=tuple(replace(each, target=case.answer_tokens) for each in case.contexts[:1]))
-    found = patch.propose_all(engine, [said, other], SETTINGS)
+    found = patch.propose_all(engine, [said, other], SETTINGS)([0, 1])
     assert sum(len(op.neurons) for op in found.ops if isinstance(op, ReplaceNeurons)) <= len(other.contexts[0].target)
     with pytest.raises(NoMendFound, match="already"):
         patch.propose_all(engine, [said], SETTINGS)

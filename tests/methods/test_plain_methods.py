@@ -220,7 +220,7 @@ def test_two_facts_at_once_are_both_written(solve: memit.Solve, tmp_path: Path) 
     engine = tiny_engine("llama", tmp_path)
     one = tiny_case(engine)
     other = replace(one, contexts=tuple(replace(c, prompt=c.prompt[:-1]) for c in one.contexts[:1]))
-    found = memit.together("memit", engine, [one, other], MethodSettings(layer=1, max_steps=60), solve)
+    found = memit.together("memit", engine, [one, other], MethodSettings(layer=1, max_steps=60), solve)([0, 1])
     (op,) = found.ops
     assert isinstance(op, LowRank)
     assert op.left.shape[1] == 2
@@ -234,7 +234,7 @@ def test_memit_spreads_what_is_wished_over_its_layers(tmp_path: Path, monkeypatc
     engine = tiny_engine("llama", tmp_path)
     case = tiny_case(engine)
     settings = MethodSettings(max_steps=60)
-    found = memit.together("memit", engine, [case], settings, memit.solve)
+    found = memit.together("memit", engine, [case], settings, memit.solve)([0])
     assert [op.site for op in found.ops if isinstance(op, LowRank)] == [
         "layers.0.mlp.down.weight",
         "layers.1.mlp.down.weight",

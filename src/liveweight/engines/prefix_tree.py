@@ -37,6 +37,12 @@ class FixedCache(DynamicCache):
         self._length = past[0][0].shape[-2]
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def forget_below(self, layer: int) -> None:
+        """Free what the layers below `layer` see: they will not be run again."""
+        nothing = self._past[0][0][..., :0, :]
+        self._past = [(nothing, nothing)] * layer + self._past[layer:]
+        self.new = {}
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

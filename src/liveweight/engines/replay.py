@@ -179,13 +179,15 @@ def record(
             undo.callback(hook.remove)
         for block in sites.blocks[deepest:]:
             undo.callback(_hand_on(block))
+        cache = FixedCache(model, past)
         output = model.base_model(
             input_ids=ids,
-            past_key_values=FixedCache(model, past),
+            past_key_values=cache,
             attention_mask=real,
             position_ids=positions,
         )
     replay.final = output.last_hidden_state
+    cache.forget_below(min(layers, default=len(sites.blocks)))
     return replay
 
 

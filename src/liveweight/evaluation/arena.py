@@ -112,11 +112,8 @@ class Arena:
         Raises InvalidInput where the file is another run's, or is there and is not to be gone on with.
         """
         record = Records.open(file, self.plan.header(self.engine, self.settings), resume=resume)
-        if "unedited" not in record.data:
-            record.data["unedited"] = [
-                self._row(edit, self._meter.measure(edit)) for edit in self._cases("unedited", 0)
-            ]
-            record.save()
+        for edit in self._cases("unedited", len(record.rows("unedited"))):
+            record.add("unedited", self._row(edit, self._meter.measure(edit)))
         for name in self.plan.methods:
             self._check(name)
             if self.plan.mode == "single":
@@ -174,7 +171,7 @@ class Arena:
         if points and "collapsed" in points[-1]:
             return  # what is done needs none of what was kept to go on with
         kept = _Kept(record.file, name)
-        before = engine.fingerprints() if not rows else None
+        before = engine.fingerprints()
         try:
             state = tuple(Active(each) for each in kept.load(sum(row["outcome"] == "made" for row in rows)))
             engine.become(state)
@@ -205,8 +202,7 @@ class Arena:
             points[-1]["collapsed"] = self._collapsed(points)
         finally:
             engine.become(())
-        if before is not None:
-            points[-1]["undo_exact"] = engine.fingerprints() == before
+        points[-1]["undo_exact"] = engine.fingerprints() == before
         record.save()
         kept.clear()
 
@@ -217,7 +213,8 @@ class Arena:
         first: Row = {}
         with _measured(first), self.engine.remembering():
             cases = [self._case(name, edit, ()) for edit in self.plan.cases]
-            found = sparing(self.engine, together(self.engine, cases, self._settings_of(name)))
+            joint = together(self.engine, cases, self._settings_of(name))
+            found = sparing(self.engine, joint(range(len(cases))))
         self.engine.become((Active(found),))
         kept.add(found)
         rows += [self._row(edit) | {"outcome": "made", "seconds": 0.0} for edit in self.plan.cases]

@@ -44,11 +44,17 @@ class GuardReport(BaseModel):
     seconds: float
     budget: dict[str, float]
     reasons: tuple[str, ...]
+    too_far: tuple[str, ...] = ()  # the items that are over the limit of a single one
 
     @property
     def passed(self) -> bool:
         """Whether the change stays within every budget."""
         return not self.reasons
+
+    @property
+    def on_the_whole(self) -> bool:
+        """Whether it does but for single items: those that are moved too far, and protected answers."""
+        return len(self.reasons) == bool(self.too_far) + bool(self.protected_changed)
 
 
 def budget_of(settings: GuardSettings, facts: int = 1) -> dict[str, float]:

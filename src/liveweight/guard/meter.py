@@ -107,15 +107,20 @@ class Guard:
         protected: Sequence[ProtectedItem] = (),
         leave_out: Sequence[str] = (),
         facts: int = 1,
+        only: Sequence[str] | None = None,
         progress: bool = True,
     ) -> GuardReport:
         """Compare `after` with the engine's present state on every probe and every protected answer.
 
-        Probes that ask one of the questions in `leave_out` are left out: they are what the change is about. `facts` is
-        how many it brings at once.
+        Probes that ask one of the questions in `leave_out` are left out: they are what the change is about; with
+        `only`, all but those with one of its texts are. `facts` is how many the change brings at once.
         """
         rows = self._reference(progress)
-        chosen = [i for i, row in enumerate(rows) if not any(row.asks(question) for question in leave_out)]
+        chosen = [
+            i
+            for i, row in enumerate(rows)
+            if (only is None or row.text in only) and not any(row.asks(question) for question in leave_out)
+        ]
         return self._compare(after, chosen, protected, progress, facts)
 
     def screen(self, after: State, question: str, *, protected: Sequence[ProtectedItem] = ()) -> GuardReport:
@@ -171,6 +176,9 @@ class Guard:
             seconds=time.perf_counter() - begun,
             budget=budget,
             reasons=over_budget(figures, budget, len(broken)),
+            too_far=tuple(
+                rows[i].text for i, kl in zip(chats, added.tolist(), strict=False) if kl > budget["worst_kl"]
+            ),
             **figures,
         )
 

@@ -7,14 +7,14 @@ eigenvalues of C, so that Δ = R KᵀP (Kₚ KₚᵀP + K KᵀP + I)⁻¹, after
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.methods.base import Case
+from liveweight.methods.base import Case, Joint
 from liveweight.methods.memit import one_fact, right_factor, together
 from liveweight.settings import MethodSettings
 
@@ -30,8 +30,8 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     return one_fact("alphaedit", engine, case, settings, solve)
 
 
-def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
-    """One change for all the cases. Raises Unsupported for layers of experts."""
+def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
+    """The values for all the cases; what they need is solved for together. Raises Unsupported for layers of experts."""
     return together("alphaedit", engine, cases, settings, solve)
 
 

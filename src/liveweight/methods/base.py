@@ -6,7 +6,7 @@ shape of a method. Knows no method by name: the registry in `methods/__init__.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -83,7 +83,8 @@ class Method(Protocol):
         ...
 
 
-Together = Callable[[TransformersEngine, Sequence[Case], MethodSettings], Adjustment]
+Joint = Callable[[Sequence[int]], Adjustment]  # the change for some of the cases, by number, without another search
+Together = Callable[[TransformersEngine, Iterable[Case], MethodSettings], Joint]
 Accept = Callable[[Adjustment], bool]  # whether a proposal works and stays in budget: what the ladder asks
 
 
@@ -95,7 +96,7 @@ class Described:
     propose: Method
     summary: str
     kinds: tuple[CaseKind, ...]
-    together: Together | None = None  # one change for many cases
+    together: Together | None = None  # one search for many cases, taken as they come
     tunes: tuple[str, ...] = ()  # the settings that it listens to and that are worth a search
     depth: float | None = None  # where it works when no layer is set, from 0 to 1
     by_subject: bool = False  # whether it needs to know what a question is about

@@ -51,6 +51,11 @@ class Near:
     behind: Tensor  # behind all of these
     broken: list[Tensor]  # the whole of each protected answer that a first try would have changed
 
+    def and_beside(self, reads: Sequence[Tensor]) -> Near:
+        """And other answers of the same change: what is read where each is said, (T, width)."""
+        begins, behind = [each[:1] for each in reads], [each[1:] for each in reads]
+        return replace(self, begins=torch.cat([self.begins, *begins]), behind=torch.cat([self.behind, *behind]))
+
     def agree(self, token: int) -> bool:
         """Whether like questions' answers begin with this token anyway, nearly all of them."""
         return not len(self.said) or float((self.said == token).float().mean()) >= AGREE
@@ -98,11 +103,8 @@ FURTHER, ANSWER = _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.5, 1.5, 0.0, 1e-3)
 SUBJECT = _Gate(1.0, 1.0, 0.0, 0.03)  # of a neuron that knows a subject by its name
 
 
-def neighbours(engine: TransformersEngine, case: Case, layer: int, beside: Sequence[Tensor] = ()) -> Near:
-    """What the MLP reads while it says what is to be left alone.
-
-    `beside` (T, width) each is what it reads where other answers of the same change are said.
-    """
+def neighbours(engine: TransformersEngine, case: Case, layer: int) -> Near:
+    """What the MLP reads while it says what is to be left alone."""
     alike = like_answers(case)
     rows = [*alike, *((each.prompt, each.target) for each in case.about), *case.broken]
     seen = engine.read([(*prompt, *reply) for prompt, reply in rows], [len(prompt) - 1 for prompt, _ in rows], layer)
@@ -114,9 +116,9 @@ def neighbours(engine: TransformersEngine, case: Case, layer: int, beside: Seque
         said = engine.unembed(torch.cat(finals)).argmax(-1) if finals else nothing[:, 0]
     return Near(
         said=said,
-        begins=torch.cat([nothing, *(read[:1] for read in (*reads[: len(alike)], *beside))]),
+        begins=torch.cat([nothing, *(read[:1] for read in reads[: len(alike)])]),
         about=torch.cat([nothing, *(read[:1] for read in reads[len(alike) : unlike])]),
-        behind=torch.cat([nothing, *(read[1:] for read in (*reads[:unlike], *beside))]),
+        behind=torch.cat([nothing, *(read[1:] for read in reads[:unlike])]),
         broken=reads[unlike:],
     )
 

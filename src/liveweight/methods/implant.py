@@ -18,7 +18,7 @@ where "Locating and Editing Factual Associations in GPT" (Meng et al. 2022) find
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -29,7 +29,7 @@ from torch import Tensor
 from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
-from liveweight.methods.base import Answered, Case
+from liveweight.methods.base import Answered, Case, Joint
 from liveweight.methods.gates import STEEPNESS, SUBJECT, firing, fit_subject, like_answers, opened
 from liveweight.methods.keys import behind_beginning
 from liveweight.methods.room import new_neurons, roomy_layer
@@ -52,18 +52,15 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     Unsupported for a layer of experts.
     """
     before = outcome(engine, case)
-    found = propose_all(engine, [case], settings)
+    found = propose_all(engine, [case], settings)([0])
     if not works(case, outcome(engine, case, found), before):
         raise no_mend("implant", case, [found.note])
     return found
 
 
-def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
-    """One change for all the cases, with a neuron for each subject. Whether each works is not looked at.
-
-    Raises as `propose` does.
-    """
-    layers = subject_layers(engine.sites.layers)
+def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
+    """A neuron for each subject of the cases. Whether each works is not looked at. Raises as `propose` does."""
+    layers, cases = subject_layers(engine.sites.layers), list(cases)
     subjects = _by_subject(cases)
     layer = roomy_layer(engine, layers, settings, len(subjects))
     around = surroundings(engine, sorted({*layers, layer}))[layer]
@@ -86,15 +83,21 @@ def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: Met
     }
     every = settings.model_copy(update=more)
     wished = wished_values(engine, [_merged(about, settings) for about in subjects], layer, every, felt)
-    count, steps = len(subjects), sum(each.steps for each in wished)
-    gate, up, open_value = STEEPNESS * torch.stack(gates), torch.stack(ups), opened(engine, layer, opens.expand(count))
-    writes = torch.stack([each.delta for each in wished]).float()  # (subjects, width)
-    return Adjustment(
-        name=named("implant", cases[0]) if len(cases) == 1 else f"implant: {len(cases)} facts",
-        method="implant",
-        ops=(new_neurons(engine, layer, around.usage, gate, up, open_value, writes),),
-        note=f"New neurons in layer {layer}: {count}, open where the subject is named; {steps} steps.",
-    )
+
+    def change(numbers: Sequence[int]) -> Adjustment:
+        chosen = [cases[number] for number in numbers]
+        there = [row for row, about in enumerate(subjects) if any(each is case for each in about for case in chosen)]
+        gate, up = (torch.stack([rows[row] for row in there]) for rows in (gates, ups))
+        writes = torch.stack([wished[row].delta for row in there]).float()  # (subjects, width)
+        value, steps = opened(engine, layer, opens.expand(len(there))), sum(wished[row].steps for row in there)
+        return Adjustment(
+            name=named("implant", chosen[0]) if len(chosen) == 1 else f"implant: {len(chosen)} facts",
+            method="implant",
+            ops=(new_neurons(engine, layer, around.usage, STEEPNESS * gate, up, value, writes),),
+            note=f"New neurons in layer {layer}: {len(there)}, open where the subject is named; {steps} steps.",
+        )
+
+    return change
 
 
 def _felt(engine: TransformersEngine, layer: int, gate: Tensor, up: Tensor, opens: Tensor, read: Tensor) -> Tensor:

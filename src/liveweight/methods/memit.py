@@ -8,14 +8,14 @@ already changed. Knows nothing of whether the change is worth its damage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from liveweight.adjustments import Active, Adjustment, LowRank
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.methods.base import Case
+from liveweight.methods.base import Case, Joint
 from liveweight.methods.covariance import covariances, ridged, whitened
 from liveweight.methods.keys import answer_keys, base_keys
 from liveweight.methods.trials import dense_layers, named, no_mend, outcome, without_super_neurons, works
@@ -37,15 +37,15 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     return one_fact("memit", engine, case, settings, solve)
 
 
-def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
-    """One change for all the cases. Raises Unsupported for layers of experts."""
+def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
+    """The values for all the cases; what they need is solved for together. Raises Unsupported for layers of experts."""
     return together("memit", engine, cases, settings, solve)
 
 
 def one_fact(method: str, engine: TransformersEngine, case: Case, settings: MethodSettings, solve: Solve) -> Adjustment:
     """As `propose`, for any closed form. Raises NoMendFound, Unsupported."""
     before = outcome(engine, case)
-    found = together(method, engine, [case], settings, solve)
+    found = together(method, engine, [case], settings, solve)([0])
     if not works(case, outcome(engine, case, found), before):
         layers = ", ".join(str(op.site.split(".")[1]) for op in found.ops if isinstance(op, LowRank))
         raise no_mend(method, case, [f"layers {layers}"])
@@ -53,16 +53,40 @@ def one_fact(method: str, engine: TransformersEngine, case: Case, settings: Meth
 
 
 def together(
-    method: str, engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings, solve: Solve
-) -> Adjustment:
-    """One change for all the cases, of as high a rank a layer as there are cases. Whether each works is not looked at.
+    method: str, engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings, solve: Solve
+) -> Joint:
+    """The values for all the cases; a change has as high a rank a layer as it has cases.
 
-    Raises Unsupported for layers of experts.
+    Whether each works is not looked at. Raises Unsupported for layers of experts.
     """
-    layers = edit_layers(engine, settings)
-    last = layers[-1]
+    layers, cases = edit_layers(engine, settings), list(cases)
     statistics = covariances(engine, layers, settings)
-    wished = wished_values(engine, cases, last, settings)
+    wished = wished_values(engine, cases, layers[-1], settings)
+
+    def change(numbers: Sequence[int]) -> Adjustment:
+        return _solved(
+            method,
+            engine,
+            [cases[number] for number in numbers],
+            [wished[number] for number in numbers],
+            statistics,
+            solve,
+        )
+
+    return change
+
+
+def _solved(
+    method: str,
+    engine: TransformersEngine,
+    cases: Sequence[Case],
+    wished: Sequence[Wished],
+    statistics: Mapping[int, Tensor],
+    solve: Solve,
+) -> Adjustment:
+    """One change for some cases and their values, spread over the layers that there are statistics of."""
+    layers = sorted(statistics)
+    last = layers[-1]
     start: Tensor | None = None
     delta = torch.stack([each.delta for each in wished])  # (n, width)
     previous = list(dict.fromkeys(answered for case in cases for answered in case.previous))

@@ -23,7 +23,7 @@ the least used ones. The step length: Polyak, "Minimization of unsmooth function
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -33,10 +33,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liveweight.adjustments import Adjustment
 from liveweight.engines.half import half_products
+from liveweight.engines.replay import Replay
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
-from liveweight.methods.base import Case
-from liveweight.methods.gates import OPENING, STEEPNESS, Batch, firing, fit, most_alike, neighbours, opened, uncontested
+from liveweight.methods.base import Case, Joint
+from liveweight.methods.gates import (
+    OPENING,
+    STEEPNESS,
+    Batch,
+    Near,
+    firing,
+    fit,
+    most_alike,
+    neighbours,
+    opened,
+    uncontested,
+)
 from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import Surroundings, surroundings
 from liveweight.settings import MethodSettings
@@ -56,72 +68,73 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 
     Raises NoMendFound where no step makes every token lead, Unsupported for a layer with experts.
     """
-    return propose_all(engine, [case], settings)
+    return propose_all(engine, [case], settings)([0])
 
 
-def propose_all(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Adjustment:
+def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
     """Neurons for each of the cases, shut where the others' answers are said. One case's neurons know no other's.
 
-    Of many cases, those whose tokens cannot be made to lead are left out. Raises as `propose` does where none is left.
+    Cases whose tokens cannot be made to lead are left out. Raises as `propose` does, at once or when the change is
+    asked for, where none is left.
     """
-    crowded = sum(each.adjustment.method == "patch" for each in engine.state) + len(cases) > CROWD
-    planned: list[_Planned] = []
-    missed: NoMendFound | None = None
+    missed: dict[int, NoMendFound] = {}
+    planned: dict[int, _Planned] = {}
     with engine.remembering():
-        for case in cases:
+        for number, case in enumerate(cases):
             try:
-                planned.append(_planned(engine, case, planned, settings, alone=len(cases) == 1))
+                planned[number] = _planned(engine, case, list(planned.values()), settings)
             except NoMendFound as error:
-                missed = error
-        layers = sorted({plan.layer for plan in planned})
-        around = surroundings(engine, layers)
-        half = {each: half_products([*engine.sites.blocks[each:], engine.sites.lm_head]) for each in layers}
-        found: dict[int, list[_Neurons]] = {}
-        for number, plan in enumerate(planned):
-            rest = planned[:number] + planned[number + 1 :]
+                missed[number] = error
+        patches = sum(each.adjustment.method == "patch" for each in engine.state)
+        crowded = patches + len(planned) + len(missed) > CROWD
+        around = surroundings(engine, sorted({plan.layer for plan in planned.values()}))
+        half = {each: half_products([*engine.sites.blocks[each:], engine.sites.lm_head]) for each in around}
+        found: dict[int, _Neurons] = {}
+        for number, plan in planned.items():
+            rest = [each for other, each in planned.items() if other != number]
             alike = most_alike(plan.case, [each.case.contexts[0].prompt for each in rest])
             beside = [rest[index].said[plan.layer] for index in alike]
-            where = _Place(plan.layer, around[plan.layer], half[plan.layer])
             try:
-                neurons = _neurons(engine, plan, where, beside, settings, crowded=crowded)
+                found[number] = _neurons(
+                    engine, plan, around[plan.layer], half[plan.layer], beside, settings, crowded=crowded
+                )
             except NoMendFound as error:
-                missed = error
-            else:
-                found.setdefault(plan.layer, []).append(neurons)
-    if missed is not None and not found:
-        raise missed
-    ops = []
-    for layer, there in sorted(found.items()):
-        parts = ([getattr(each, name) for each in there] for name in ("gates", "ups", "opened", "writes"))
-        ops.append(new_neurons(engine, layer, around[layer].usage, *map(torch.cat, parts)))
-    count, layer_names = sum(len(op.neurons) for op in ops), " and ".join(str(op.layer) for op in ops)
-    one = len(cases) == 1
-    return Adjustment(
-        name=f"{cases[0].kind}: {cases[0].question[:60]}" if one else f"patch: {len(cases)} facts",
-        method="patch",
-        ops=tuple(ops),
-        note=f"Neurons taken in layer {layer_names}: {count}." + (f" They say: {cases[0].wanted}" if one else ""),
-    )
+                missed[number] = error
+
+    def change(numbers: Sequence[int]) -> Adjustment:
+        there = [number for number in numbers if number in found]
+        if not there:
+            raise missed[numbers[0]]
+        ops = []
+        for layer in sorted({planned[number].layer for number in there}):
+            own = [found[number] for number in there if planned[number].layer == layer]
+            parts = ([getattr(each, name) for each in own] for name in ("gates", "ups", "opened", "writes"))
+            ops.append(new_neurons(engine, layer, around[layer].usage, *map(torch.cat, parts)))
+        count, layers = sum(len(op.neurons) for op in ops), " and ".join(str(op.layer) for op in ops)
+        first, one = planned[there[0]].case, len(numbers) == 1
+        return Adjustment(
+            name=f"{first.kind}: {first.question[:60]}" if one else f"patch: {len(there)} facts",
+            method="patch",
+            ops=tuple(ops),
+            note=f"Neurons taken in layer {layers}: {count}." + (f" They say: {first.wanted}" if one else ""),
+        )
+
+    if missed and not found:
+        raise missed[min(missed)]
+    return change
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """One case of a change, and where it is to be mended."""
+    """One case of a change, where it is to be mended, and all that is read of it for that."""
 
     case: Case
     layer: int
     batch: Batch
+    near: Near
     due: list[int]
-    said: dict[int, Tensor]  # layer -> (T, width), what is read where its first answer is said; of one of many
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A layer, and what is the same for all cases that are mended there."""
-
-    layer: int
-    around: Surroundings
-    half: AbstractContextManager[object]  # in which a search runs the layers from there up
+    said: dict[int, Tensor]  # layer -> (T, width), what is read where its first answer is said
+    replay: Replay  # of the contexts from the first due place on
 
 
 @dataclass(frozen=True)
@@ -134,9 +147,7 @@ class _Neurons:
     writes: Tensor  # (P, width)
 
 
-def _planned(
-    engine: TransformersEngine, case: Case, before: Sequence[_Planned], settings: MethodSettings, *, alone: bool
-) -> _Planned:
+def _planned(engine: TransformersEngine, case: Case, before: Sequence[_Planned], settings: MethodSettings) -> _Planned:
     """Patches of one layer read what no other of them moves, so they are kept together while there is room."""
     layers = patchable_layers(engine.sites.layers)
     taken = {layer: sum(len(each.due) for each in before if each.layer == layer) for layer in layers}
@@ -152,29 +163,44 @@ def _planned(
             f"The wished answer has {len(due)} tokens that the model would not say, more than {MOST_NEURONS}.",
             hint="Give a shorter answer.",
         )
+    near = neighbours(engine, case, layer)
+    due = uncontested(batch, due, near) or due
+    replay = _recorded(engine, case, batch, due, layer)
     first = case.contexts[0]
-    others = () if alone else {*layers, layer}
-    said = {each: engine.read([first.tokens[:-1]], [len(first.prompt) - 1], each)[0][1].float() for each in others}
-    return _Planned(case, layer, batch, due, said)
+    said = {
+        each: engine.read([first.tokens[:-1]], [len(first.prompt) - 1], each)[0][1].float() for each in {*layers, layer}
+    }
+    return _Planned(case, layer, batch, near, due, said, replay)
+
+
+def _recorded(engine: TransformersEngine, case: Case, batch: Batch, due: list[int], layer: int) -> Replay:
+    """The contexts from their first due place on. Tokens before it feel nothing: they are part of what was there."""
+    begins = _begins(_wanted(batch, due))
+    return engine.record(
+        [context.tokens[:-1] for context in case.contexts],
+        [len(context.prompt) - 1 + begin for context, begin in zip(case.contexts, begins, strict=True)],
+        layers=[layer],
+        final=False,
+        packed=True,
+    )
 
 
 def _neurons(
     engine: TransformersEngine,
     plan: _Planned,
-    where: _Place,
+    around: Surroundings,
+    half: AbstractContextManager[object],
     beside: Sequence[Tensor],
     settings: MethodSettings,
     *,
     crowded: bool,
 ) -> _Neurons:
-    """One case's neurons, shut where the answers `beside` it are said."""
-    case, layer, batch = plan.case, plan.layer, plan.batch
-    near = neighbours(engine, case, layer, beside)
-    due = uncontested(batch, plan.due, near) or plan.due
-    gates, ups, opens = fit(batch, due, where.around, near, careful=case.careful, crowded=crowded)
-    fires = firing(engine, layer, batch.x, gates, ups, opens)
-    writes = _optimise(engine, case, batch, due, where, fires, settings)
-    return _Neurons(STEEPNESS * gates, ups, opened(engine, layer, opens), writes)
+    """One case's neurons, shut where the answers `beside` it are said; searched for in `half` precision."""
+    near = plan.near.and_beside(beside)
+    gates, ups, opens = fit(plan.batch, plan.due, around, near, careful=plan.case.careful, crowded=crowded)
+    fires = firing(engine, plan.layer, plan.batch.x, gates, ups, opens)
+    writes = _optimise(engine, plan, fires, half, settings)
+    return _Neurons(STEEPNESS * gates, ups, opened(engine, plan.layer, opens), writes)
 
 
 def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:
@@ -238,13 +264,21 @@ def _due(batch: Batch) -> list[int]:
     return sorted(set(batch.place[(batch.lead < 0) & batch.real].tolist()))
 
 
+def _wanted(batch: Batch, due: list[int]) -> Tensor:
+    """(B, T) whether a token is to be made to lead."""
+    return torch.isin(batch.place, torch.tensor(due, device=batch.place.device)) & batch.real
+
+
+def _begins(wanted: Tensor) -> list[int]:
+    """Each context's first token that is to be made to lead, or its last one."""
+    return [int(row.float().argmax()) if bool(row.any()) else len(row) - 1 for row in wanted.cpu()]
+
+
 def _optimise(
     engine: TransformersEngine,
-    case: Case,
-    batch: Batch,
-    due: list[int],
-    where: _Place,
+    plan: _Planned,
     fired: Tensor,
+    half: AbstractContextManager[object],
     settings: MethodSettings,
 ) -> Tensor:
     """(P, width) what the neurons write, so that every due token leads by MARGIN and no other loses half its lead.
@@ -252,40 +286,34 @@ def _optimise(
     `fired` (B, T, P) is how much of it each adds at the targets' tokens. The loss is the sum of what the leads fall
     short. Its least value is known, 0, so each step is Polyak's.
     """
-    wanted = torch.isin(batch.place, torch.tensor(due, device=batch.place.device)) & batch.real
+    batch, replay, layer = plan.batch, plan.replay, plan.layer
+    wanted = _wanted(batch, plan.due)
     goal = torch.where(wanted, MARGIN, batch.lead.clamp(max=MARGIN) * 0.5)
-    # Tokens before the first due one feel nothing: they are part of what was there before.
-    first = [int(row.float().argmax()) if bool(row.any()) else len(row) - 1 for row in wanted.cpu()]
-    contexts = case.contexts
-    replay = engine.record(
-        [context.tokens[:-1] for context in contexts],
-        [len(context.prompt) - 1 + begin for context, begin in zip(contexts, first, strict=True)],
-        layers=[where.layer],
-        final=False,
-    )
-    places = [
-        (*replay.at(row, len(context.prompt) - 1 + step), step)
-        for row, (context, begin) in enumerate(zip(contexts, first, strict=True))
+    contexts = [
+        (row, len(context.prompt) - 1, step)
+        for row, (context, begin) in enumerate(zip(plan.case.contexts, _begins(wanted), strict=True))
         for step in range(begin, len(context.target))
         if bool(batch.real[row, step])
     ]
-    rows, columns, steps = (torch.tensor(part, device=fired.device) for part in zip(*places, strict=True))
+    rows, steps = (torch.tensor([each[part] for each in contexts], device=fired.device) for part in (0, 2))
+    places = torch.tensor([replay.at(row, end + step) for row, end, step in contexts], device=fired.device).T
+    there = tuple(places)
     target, goal = batch.target[rows, steps], goal[rows, steps]
     fires = torch.zeros(*replay.ids.shape, fired.shape[-1], device=fired.device)
-    fires[rows, columns] = fired[rows, steps]
-    writes = torch.zeros(len(due), engine.sites.width, device=fired.device, requires_grad=True)
-    stream = replay.inputs[where.layer].detach()
-    most = LONGEST_STEP * float(stream[rows, columns].float().norm(dim=-1).median())
-    down: nn.Module = engine.sites.weight(engine.sites.mlp_part(where.layer, "down")).module
+    fires[there] = fired[rows, steps]
+    writes = torch.zeros(len(plan.due), engine.sites.width, device=fired.device, requires_grad=True)
+    stream = replay.inputs[layer].detach()
+    most = LONGEST_STEP * float(stream[there].float().norm(dim=-1).median())
+    down: nn.Module = engine.sites.weight(engine.sites.mlp_part(layer, "down")).module
     rivals: Tensor | None = None  # (n, k), what a target may have to beat; what else may is looked at in the end
     for _ in range(settings.max_steps):
-        with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), where.half:
+        with engine.gate.step(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), half:
             handle = down.register_forward_hook(lambda _, args, out: out + (fires @ writes).to(out.dtype))
             try:
-                final = replay.run(where.layer, stream)
+                final = replay.run(layer, stream)
             finally:
                 handle.remove()
-            final = final[rows, columns]
+            final = final[there]
             if rivals is None:
                 rivals = engine.rivals(final, target, RIVALS)
             gap = torch.relu(goal - engine.leads(final, target, rivals)[0])
