@@ -89,6 +89,22 @@ def test_the_table_is_json(tmp_path: Path) -> None:
     assert told["neurons"][0]["q"] < LEVEL
 
 
+def test_a_smaller_share_takes_no_more_neurons_and_no_stronger_a_factor(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    found = compared(engine)
+    some, most = found.adjustment(gone=0.3), found.adjustment(gone=0.9)
+    assert 1.0 - said(engine, found.a, some) >= 0.3
+    assert 1.0 - said(engine, found.a, most) >= 0.9
+
+    def moved(adjustment: Adjustment) -> float:
+        return sum(float((1.0 - op.factors).abs().sum()) for op in adjustment.ops if isinstance(op, ScaleNeurons))
+
+    assert moved(some) <= moved(most)
+    for share in (0.0, 1.5):
+        with pytest.raises(InvalidInput, match="no share"):
+            found.adjustment(gone=share)
+
+
 def test_what_cannot_be_done_is_said_with_what_was_tried(tmp_path: Path) -> None:
     found = compared(tiny_engine("qwen3", tmp_path))
     with pytest.raises(NoMendFound, match="0% gone") as error:

@@ -34,6 +34,9 @@ def contrast(
     completion: Annotated[bool, typer.Option("--completion", help="Prompts are text to go on from.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Neurons in the table.")] = 20,
     both: Annotated[bool, typer.Option("--both", help="Turn B's neurons up as well.")] = False,
+    gone: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="The share of A's answers that is to go; unset, 0.75.")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Commit a change: A's neurons turned down.")] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Show that change's report and commit nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="With --keep, commit over the guard's budget.")] = False,
@@ -65,7 +68,7 @@ def contrast(
         change: Change | None = None
         try:
             if keep or preview:
-                adjustment = found.adjustment(both=both)
+                adjustment = found.adjustment(both=both, gone=gone)
                 change = live.apply(adjustment, prompt=found.question, preview=preview, force=force)
         finally:  # the table is printed first, also where the guard refuses
             if options.json:

@@ -35,7 +35,7 @@ from liveweight.tracing.contrast import Separation, separate
 
 LEVEL = 0.05  # the largest share of false discoveries
 LARGE_ENOUGH = 0.5  # deviations: Cohen's medium effect
-GONE = 0.75  # of the first side's answers, at least
+GONE = 0.75  # of the first side's answers, at least, where no other share is told
 KEPT = 0.95  # of the second side's answers, at least
 MOST = 512  # neurons
 _ANSWER = 8  # tokens of an answer that count
@@ -124,14 +124,24 @@ class Contrast:
         }
 
     def adjustment(
-        self, *, both: bool = False, count: int | None = None, factor: float | None = None, most: int = MOST
+        self,
+        *,
+        both: bool = False,
+        gone: float | None = None,
+        count: int | None = None,
+        factor: float | None = None,
+        most: int = MOST,
     ) -> Adjustment:
-        """Side a's neurons scaled down, as few and as mildly as makes most of its answers go while b's stay.
+        """Side a's neurons scaled down, as few and as mildly as makes a share `gone` of its answers go while b's stay.
 
-        With `both`, b's neurons are scaled up by as much. Tried on the given prompts, at most `_CHECKED` a side, and
-        only on answers that the model gives now. `count` and `factor`, given together, are taken without a search.
-        Raises NoMendFound where up to `most` neurons do not do it, InvalidInput where there is nothing to check on.
+        That is `GONE` where unset. With `both`, b's neurons are scaled up by as much. Tried on the given prompts, at
+        most `_CHECKED` a side, and only on answers that the model gives now. `count` and `factor`, given together, are
+        taken without a search. Raises NoMendFound where up to `most` neurons do not do it, InvalidInput where there is
+        nothing to check on or `gone` is no share.
         """
+        gone = GONE if gone is None else gone
+        if not 0 < gone <= 1:
+            raise InvalidInput(f"{gone} is no share of answers.", hint="Give a number above 0, at most 1.")
         neurons = [
             (neuron, own)
             for neuron in ranked(self.separation)
@@ -146,10 +156,10 @@ class Contrast:
             return Held(1.0 - _said(self.engine, a, trial), _said(self.engine, b, trial))
 
         tried: list[str] = []
-        found = _search(name, neurons, held, most, tried, self.say)
+        found = _search(name, neurons, held, gone, most, tried, self.say)
         if found is None:
             raise NoMendFound(
-                f"No {most} neurons or fewer take {GONE:.0%} of {self.names[0]}'s answers away and leave {KEPT:.0%} of "
+                f"No {most} neurons or fewer take {gone:.0%} of {self.names[0]}'s answers away and leave {KEPT:.0%} of "
                 f"{self.names[1]}'s. Tried: {'; '.join(tried) or 'no neuron tells the two sides apart'}.",
                 hint="Give more prompts, or a second side that holds more of what is to stay.",
                 tried=tried,
@@ -261,7 +271,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
         return Held(float(outcome(engine, case, trial).removes), _said(engine, b, trial))
 
     tried: list[str] = []
-    found = _search(named("contrast", case), neurons, held, settings.max_neurons, tried)
+    found = _search(named("contrast", case), neurons, held, GONE, settings.max_neurons, tried)
     if found is None:
         raise no_mend("contrast", case, tried or ["no neuron tells this answer from its neighbours"])
     return found
@@ -290,6 +300,7 @@ def _search(
     name: str,
     neurons: Sequence[tuple[Neuron, bool]],
     held: Callable[[Adjustment], Held],
+    gone: float,
     most: int,
     tried: list[str],
     say: Say = lambda _: None,
@@ -305,7 +316,7 @@ def _search(
         outcomes[count, factor] = found
         tried.append(f"{count} neurons by {factor:.2f}: {found.gone:.0%} gone, {found.kept:.0%} kept")
         say(tried[-1])
-        return found.gone >= GONE and found.kept >= KEPT
+        return found.gone >= gone and found.kept >= KEPT
 
     most = min(most, len(neurons))
     for strongest in _FACTORS if most else ():
@@ -320,8 +331,8 @@ def _search(
                 break
             low, high = (low, middle) if does(middle, strongest) else (middle, high)
         factor = mildest(strongest, lambda factor, count=high: does(count, factor))  # type: ignore[misc]
-        gone, kept = outcomes[high, factor]
-        told = f"On the given prompts {gone:.0%} of the first side's answers go and {kept:.0%} of the second's stay"
+        went, kept = outcomes[high, factor]
+        told = f"On the given prompts {went:.0%} of the first side's answers go and {kept:.0%} of the second's stay"
         return _proposal(name, neurons[:high], factor, told)
     return None
 
