@@ -27,7 +27,7 @@ from liveweight.ladder import Phases, Say, sparing
 from liveweight.ledger import Change as Record
 from liveweight.ledger import Ledger, Proposal
 from liveweight.lessons import Lesson
-from liveweight.methods import METHODS, build_case, works
+from liveweight.methods import METHODS, REPLY, build_case, works
 from liveweight.methods.base import Case, Joint
 from liveweight.methods.case import OPENING, prompts_of
 from liveweight.methods.trials import keyed
@@ -263,18 +263,13 @@ class Learner:
             proposed = sparing(self._engine, joint(numbers))
         except LiveweightError as error:
             return [item.became("failed", error.message) for item in chosen]
-        progress("looking at the new answers", 0, len(chosen))
-        with self._phases.of("check"):
-            right = self._right((Active(proposed),), chosen)
         progress("measuring what else would change", 0, len(chosen))
-        with self._phases.of("guard"):
-            measured = self._guard.measure(
-                (*self._engine.state, Active(proposed)),
-                protected=self._commits.protected_items(),
-                leave_out=[item.lesson.prompt for item in chosen],
-                facts=sum(right),
-                progress=False,
-            )
+        measured = self._measured(proposed, chosen, len(chosen))
+        if measured.passed or options.force:
+            progress("looking at the new answers", 0, len(chosen))
+            with self._phases.of("check"):
+                right = self._right((Active(proposed),), chosen)
+            measured = self._measured(proposed, chosen, sum(right))  # nothing is run again
         if not measured.passed and not options.force:
             return self._divided(items, joint, options, progress, numbers, measured)
         trial = _Trial(chosen, right, proposed, measured, options.force and not measured.passed)
@@ -288,6 +283,16 @@ class Learner:
         if left and label is not None:  # once more, beside what has been learnt
             return found + self._change(left, options, progress)
         return found + [item.became("failed", unlearnt) for item in left]
+
+    def _measured(self, proposed: Adjustment, chosen: Sequence[_Item], facts: int) -> GuardReport:
+        with self._phases.of("guard"):
+            return self._guard.measure(
+                (*self._engine.state, Active(proposed)),
+                protected=self._commits.protected_items(),
+                leave_out=[item.lesson.prompt for item in chosen],
+                facts=facts,
+                progress=False,
+            )
 
     def _divided(
         self,
@@ -338,6 +343,9 @@ class Learner:
         with self._engine.preview((*self._engine.state, *trial)), self._engine.remembering():
             contexts = [item.case.contexts[0] for item in items]
             scores = self._engine.score([ScoreItem(each.prompt, keyed(each)) for each in contexts])
+            if trial:  # what `works` will ask for, all at once; what is said now is known
+                others = [each.prompt for each, score in zip(contexts, scores, strict=True) if not score.greedy]
+                self._engine.greedy(others, REPLY)
             return [score.greedy or works(self._engine, item.case) for score, item in zip(scores, items, strict=True)]
 
     def _report(self, trial: _Trial) -> Report:

@@ -149,7 +149,7 @@ LADDER: dict[CaseKind, tuple[str, ...]] = {
     "good": ("patch",),
 }
 
-_REPLY = 32  # tokens of the reply that is looked at
+REPLY = 32  # tokens of the reply that is looked at
 
 
 def method(name: str) -> Described:
@@ -181,10 +181,10 @@ def _greedy(engine: TransformersEngine, case: Case) -> Sequence[int]:
     That is the judged one, or a bad's other one: whether a wished one comes was looked at before.
     """
     context = case.contexts[0]
-    for tokens in ((context.target[:_REPLY],) if case.kind == "bad" else ()) + (case.answer_tokens[:_REPLY],):
+    for tokens in ((context.target[:REPLY],) if case.kind == "bad" else ()) + (case.answer_tokens[:REPLY],):
         if tokens and _says(engine, context, tokens):
             return tokens
-    return engine.greedy([context.prompt], _REPLY)[0]
+    return engine.greedy([context.prompt], REPLY)[0]
 
 
 def _says(engine: TransformersEngine, context: Context, tokens: Sequence[int]) -> bool:
@@ -195,6 +195,7 @@ def _says(engine: TransformersEngine, context: Context, tokens: Sequence[int]) -
 __all__ = [
     "LADDER",
     "METHODS",
+    "REPLY",
     "Case",
     "CaseKind",
     "Context",
