@@ -22,6 +22,7 @@ from liveweight.adjustments import (
     WeightOp,
     WeightState,
     first_layer,
+    last_layer,
 )
 from liveweight.errors import InvalidInput, UnknownSite, Unsupported
 from liveweight.sites import model_sites
@@ -351,5 +352,8 @@ def test_the_first_layer_that_differs_is_where_a_forward_pass_must_start_again()
     assert first_layer(weights, late, late + early) == 1
     assert first_layer(weights, late, (Active(late[0].adjustment, 0.5),)) == 2
     assert first_layer(weights, (), norm) == LAYERS
+    assert last_layer(weights, late, late) is None
+    assert last_layer(weights, (), late + early) == 2 == last_layer(weights, early, late + early)
+    assert last_layer(weights, late, late + early) == 1
     assert first_layer(weights, norm, tied) == -1
     assert first_layer(weights, (), (Active(late[0].adjustment, 0.0),)) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -101,6 +102,35 @@ def test_a_loud_change_is_over_budget_and_says_what_breaks(engine: TransformersE
     assert any("mean KL" in reason for reason in report.reasons)
     assert report.changed
     assert report.changed[0].before != report.changed[0].after
+
+
+def test_what_a_change_does_not_reach_shows_what_it_showed_and_is_not_run_again(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = Guard(engine, SETTINGS, tmp_path, PROBES)
+    row = next(each for each in guard._reference(False) if each.id == "c")
+    site = "layers.0.mlp.neurons"
+    read = engine.trace(row.tokens, [site]).values[site].double()
+    left = torch.randn(engine.sites.width, 1, generator=torch.Generator().manual_seed(3))
+    unread = torch.linalg.svd(read)[2][-1:]  # what no token of that row has anything of
+    assert float((read @ unread.T).abs().max()) < 1e-9
+    op = LowRank(site="layers.0.mlp.down.weight", left=left, right=unread.float() * 50)
+    below = change(engine, 2.0)  # is active, in the last layer
+    for before in ((), below):
+        engine.become(before)
+        after = (*before, Active(Adjustment(name="change", method="test", ops=(op,))))
+        whole = Guard(engine, SETTINGS, tmp_path / f"whole{len(before)}", PROBES)
+        monkeypatch.setattr(whole, "_behind", lambda *_: None)
+        expected = whole.measure(after, progress=False)
+        guard = Guard(engine, SETTINGS, tmp_path / f"quick{len(before)}", PROBES)
+        guard.measure(before, progress=False)
+        with patch.object(guard, "_judge", wraps=guard._judge) as judge:
+            found = guard.measure(after, progress=False)
+        judged = {each.id for call in judge.call_args_list for each in call.args[0]}
+        assert judged and "c" not in judged
+        for name in ("mean_kl", "p95_kl", "worst_kl", "perplexity_ratio", "changed_share"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-6), name
+        assert found.changed == expected.changed
 
 
 def test_items_that_are_moved_too_far_are_named_and_can_be_measured_alone(

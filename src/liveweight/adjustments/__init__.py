@@ -3,7 +3,7 @@
 from liveweight.adjustments.activations import STREAM, ActivationState
 from liveweight.adjustments.adjustment import Active, Adjustment, State, effective, state_hash
 from liveweight.adjustments.folding import fold, folded
-from liveweight.adjustments.footprint import first_layer
+from liveweight.adjustments.footprint import first_layer, last_layer
 from liveweight.adjustments.ops import (
     Ablate,
     ActivationOp,
@@ -56,6 +56,7 @@ __all__ = [
     "first_layer",
     "fold",
     "folded",
+    "last_layer",
     "op_from",
     "state_hash",
 ]

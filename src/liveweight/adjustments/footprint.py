@@ -20,13 +20,18 @@ def first_layer(weights: WeightState, old: State, new: State) -> int | None:
     -1 when the embeddings do (so that the blocks' input is another), the number of layers when only the final norm or
     the unembedding does, None when nothing does. Raises as `WeightState.become` does for ops that do not fit.
     """
+    return min(_places(weights, old, new), default=None)
+
+
+def last_layer(weights: WeightState, old: State, new: State) -> int | None:
+    """The last one, by the same numbers: behind it two states differ only in what they are given."""
+    return max(_places(weights, old, new), default=None)
+
+
+def _places(weights: WeightState, old: State, new: State) -> list[int]:
     before, after = _acting(weights, old), _acting(weights, new)
-    places = [
-        _place(site, weights.sites.layers)
-        for site in before.keys() | after.keys()
-        if before.get(site) != after.get(site)
-    ]
-    return min(places, default=None)
+    sites = before.keys() | after.keys()
+    return [_place(site, weights.sites.layers) for site in sites if before.get(site) != after.get(site)]
 
 
 def _acting(weights: WeightState, state: State) -> dict[str, list[Origin]]:

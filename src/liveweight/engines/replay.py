@@ -236,12 +236,14 @@ def run_whole(
     *,
     layer: int = 0,
     inputs: Sequence[Tensor] | None = None,
+    until: int | None = None,
     keep: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Run whole sequences as one packed tree: all blocks, or, with `inputs`, only those from `layer` up.
 
     `inputs` are what the block `layer` was given for each row, (T, width), as an earlier call with `keep=layer`
-    returned them. Returns, a row, what leaves the final norm and the input to the block `keep`, (T, width).
+    returned them. Returns, a row, what leaves the final norm and the input to the block `keep`, (T, width); with
+    `inputs` and `until`, the input to that block instead of what leaves the final norm.
     """
     branches = Branches(model)
     paths = [branches.add(row) for row in rows]
@@ -274,9 +276,9 @@ def run_whole(
         for row, path in zip(inputs, paths, strict=True):
             hidden[0, path] = row  # where rows share a token, they were given the same there
         hidden = hidden.to(device)
-        for index in range(layer, len(sites.blocks)):
+        for index in range(layer, len(sites.blocks) if until is None else until):
             args, kwargs = calls[index]
             result = sites.blocks[index](hidden, *args, **kwargs)
             hidden = result[0] if isinstance(result, tuple) else result
-        final = sites.final_norm(hidden)[0]
+        final = (sites.final_norm(hidden) if until is None else hidden)[0]
     return [final[path] for path in paths], [given[0][path] for path in paths] if given else []

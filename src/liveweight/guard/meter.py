@@ -5,14 +5,15 @@ on disk by model and probe hash, and the measuring: whole sequences, teacher-for
 through the layers from the first changed one up. Proposes nothing, and knows no method.
 
 A greedy answer changes exactly where, forced along the old answer, the likeliest token is another one; so no probe
-is ever generated anew to see whether its answer changed.
+is ever generated anew to see whether its answer changed. What a change does not reach needs no more running: where,
+behind the last layer that it changes, all of a probe's tokens are as they were, the probe shows what it showed before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from liveweight.adjustments import State, first_layer, state_hash
+from liveweight.adjustments import State, first_layer, last_layer, state_hash
 from liveweight.engines.base import ScoreItem
 from liveweight.engines.replay import packed_paths, packed_prompts, run_whole
 from liveweight.engines.transformers import TransformersEngine
@@ -33,6 +34,8 @@ from liveweight.settings import GuardSettings
 
 _TOKENS = 1000  # of one batch's sequences together, of which chats share a third
 _CHATS = 48  # probes that are asked at once
+_UNREACHED = 1e-5  # of a token's norm in the residual stream: as far as the order of a sum may move it
+_STREAMS = 2  # states whose residual streams are kept
 _POSITIONS = 64  # positions whose whole distributions are compared at once: memory that is used again, not asked for
 
 
@@ -94,6 +97,7 @@ class Guard:
         self._rows: list[_Row] | None = None
         self._final: list[Tensor] = []  # a row: (T, width), what left the base's final norm at the measured positions
         self._inputs: dict[int, list[Tensor]] = {}  # layer -> a row: (all T, width)
+        self._streams: dict[tuple[str, int], dict[int, Tensor]] = {}  # state hash, layer -> row -> (all T, width)
         self._protected_inputs: dict[
             tuple[int, tuple[int, ...]], Tensor
         ] = {}  # layer, tokens -> (T, width), the base's
@@ -144,7 +148,7 @@ class Guard:
         now = self.engine.state
         rows = self._reference(progress)
         before_seen = self._look(now, chosen, progress)
-        after_seen = self._look(after, chosen, progress)
+        after_seen = self._look(after, chosen, progress, beside=now)
         chats = [i for i in chosen if rows[i].is_chat]
         texts = [i for i in chosen if i not in set(chats)]
         added = torch.tensor([max(0.0, after_seen[i].kl - before_seen[i].kl) for i in chats] or [0.0])
@@ -196,26 +200,62 @@ class Guard:
             text=row.text, before=decode(self._answer(before, row)), after=decode(self._answer(after, row)) + " …"
         )
 
-    def _look(self, state: State, chosen: list[int], progress: bool) -> dict[int, _Seen]:
-        """What the chosen rows show in a state, from what was seen already where it was."""
+    def _look(
+        self, state: State, chosen: list[int], progress: bool, *, beside: State | None = None
+    ) -> dict[int, _Seen]:
+        """What the chosen rows show in a state, from what was seen already where it was.
+
+        `beside` is a state in which all of them were seen: how `state` differs from it may not reach every row.
+        """
         rows = self._reference(progress)
         key = state_hash(state)
         known = self._known(key)
         missing = [i for i in chosen if rows[i].id not in known]
         if missing:
             layer = self._first_changed((), state)
-            inputs = self._inputs_of(layer, progress)
+            given: Mapping[int, Tensor] = dict(enumerate(self._inputs_of(layer, progress)))
+            behind = self._behind(beside, state) if beside is not None else None
+            if beside is not None and behind is not None:
+                before, given = (self._streams_at(each, behind, missing, progress) for each in (beside, state))
+                shown = self._known(state_hash(beside))
+                known.update({rows[i].id: shown[rows[i].id] for i in missing if not _moved(before[i], given[i])})
+                missing, layer = [i for i in missing if rows[i].id not in known], behind
             with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
                 task = bar.add_task("Measuring what else would change", total=len(missing))
                 for batch in _batches(missing, rows):
                     with self.engine.preview(state), torch.inference_mode():
                         some = [rows[i] for i in batch]
-                        final = list(self._run(some, layer, [inputs[i] for i in batch]))
+                        final = list(self._run(some, layer, [given[i] for i in batch]))
                         judged = self._judge(some, final, [self._final[i] for i in batch])
                         known.update({row.id: seen for row, seen in zip(some, judged, strict=True)})
                     bar.advance(task, len(batch))
             self._remember(key, known)
         return {i: known[rows[i].id] for i in chosen}
+
+    def _behind(self, before: State, after: State) -> int | None:
+        """The layer behind the last one in which two states differ, where it pays to look there at what is reached."""
+        layers, last = self.engine.sites.layers, last_layer(self.engine.weights, before, after)
+        starts = {state_hash(each): self._first_changed((), each) for each in (before, after)}
+        if last is None or last + 1 >= layers or min(starts.values()) < 0:
+            return None
+        behind = last + 1
+        work = sum(max(0, behind - start) for key, start in starts.items() if (key, behind) not in self._streams)
+        return behind if 2 * work <= layers - starts[state_hash(after)] else None
+
+    def _streams_at(self, state: State, layer: int, chosen: list[int], progress: bool) -> Mapping[int, Tensor]:
+        """Each chosen row's input to a layer in a state, (all T, width)."""
+        first = self._first_changed((), state)
+        if first >= layer:
+            return dict(enumerate(self._inputs_of(layer, progress)))
+        key = (state_hash(state), layer)
+        found = self._streams.pop(key, {})
+        self._streams = {**dict(list(self._streams.items())[1 - _STREAMS :]), key: found}
+        rows, inputs = self._reference(progress), self._inputs_of(first, progress)
+        for batch in _batches([i for i in chosen if i not in found], rows):
+            with self.engine.preview(state), torch.inference_mode():
+                streams = self._whole([rows[i] for i in batch], first, [inputs[i] for i in batch], until=layer)
+            found.update(zip(batch, streams, strict=True))
+        return found
 
     def _judge(self, rows: Sequence[_Row], finals: Sequence[Tensor], bases: Sequence[Tensor | None]) -> list[_Seen]:
         """Compare what left the final norm, a row (T, width), with the base's; called inside a preview.
@@ -290,18 +330,21 @@ class Guard:
 
     def _run(self, rows: list[_Row], layer: int, inputs: list[Tensor] | None) -> Iterator[Tensor]:
         """(T, width) of each row at the positions that predict what is measured. Called inside a preview."""
+        for row, own in zip(rows, self._whole(rows, layer, inputs), strict=True):
+            yield own[row.start - 1 : -1]
+
+    def _whole(
+        self, rows: list[_Row], layer: int, inputs: list[Tensor] | None, until: int | None = None
+    ) -> list[Tensor]:
+        """(all T, width) of each row behind the final norm, or as the layer `until` is given it."""
         tokens = [row.tokens for row in rows]
         prompts = packed_prompts(packed_paths(self.engine.model, tokens), [row.start for row in rows])
+        given = inputs if layer >= 0 else None
         with self.engine.activations.prompt(prompts):
-            final, _ = run_whole(
-                self.engine.model,
-                self.engine.sites,
-                tokens,
-                layer=max(layer, 0),
-                inputs=inputs if layer >= 0 else None,
+            found, _ = run_whole(
+                self.engine.model, self.engine.sites, tokens, layer=max(layer, 0), inputs=given, until=until
             )
-        for row, own in zip(rows, final, strict=True):
-            yield own[row.start - 1 : -1]
+        return found
 
     def _first_changed(self, before: State, after: State) -> int:
         """The first layer that has to be run again: -1 for all, the last one where only the unembedding differs."""
@@ -415,6 +458,12 @@ class Guard:
         # Only the latest few states are ever asked for again.
         for old in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)[:-16]:
             old.unlink(missing_ok=True)
+
+
+def _moved(before: Tensor, after: Tensor) -> bool:
+    """Whether any of a row's tokens, (T, width), is another one than rounding makes it."""
+    before = before.to(after)
+    return bool(((after - before).norm(dim=-1) > _UNREACHED * before.norm(dim=-1)).any())
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
