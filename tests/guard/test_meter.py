@@ -11,7 +11,7 @@ import torch
 from liveweight.adjustments import Active, Adjustment, LowRank, State, Steer
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.guard import Guard, Probe, ProbeSet, ProtectedItem
+from liveweight.guard import Guard, GuardReport, Probe, ProbeSet, ProtectedItem
 from liveweight.settings import GuardSettings
 from tracing.tiny_engines import tiny_engine
 
@@ -94,6 +94,9 @@ def test_changing_nothing_costs_nothing(engine: TransformersEngine, tmp_path: Pa
     report = Guard(engine, SETTINGS, tmp_path, PROBES).measure((), progress=False)
     assert (report.mean_kl, report.changed, report.perplexity_ratio) == (0.0, (), 1.0)
     assert report.passed
+    told = report.model_dump(mode="json")
+    assert told["passed"] is True
+    assert GuardReport.model_validate(told) == report
 
 
 def test_a_loud_change_is_over_budget_and_says_what_breaks(engine: TransformersEngine, tmp_path: Path) -> None:

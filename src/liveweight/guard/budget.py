@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from liveweight.settings import GuardSettings
 
@@ -28,7 +28,7 @@ class GuardReport(BaseModel):
     change adds to the changes that were active already, `total_mean_kl` is the drift of all of them from the base.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)  # what is derived is written too, and not read
     items: int
     tokens: int
     mean_kl: float
@@ -46,6 +46,7 @@ class GuardReport(BaseModel):
     reasons: tuple[str, ...]
     too_far: tuple[str, ...] = ()  # the items that are over the limit of a single one
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
         """Whether the change stays within every budget."""
