@@ -95,6 +95,7 @@ def test_a_sequence_is_measured_by_a_sample_and_ends_where_the_model_collapsed(t
         assert live.engine.state == ()
     assert [point["measured"] for point in sampled["points"]["shout"]] == [1, 1, 1]
     assert [point["edits"] for point in ended["points"]["shout"]] == [1]
+    assert all(point["decode_speed"] > 0 and point["undo_exact"] for point in ended["points"]["shout"])
     assert "shout collapsed by edit 1 (" in markdown(ended)
     assert "collapsed" not in markdown(sampled).replace("collapse ", "")
 

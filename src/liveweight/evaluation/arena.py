@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 POINTS = (1, 10, 100, 250, 500)  # numbers of edits behind which a sequence is measured
 COLLAPSE = 100.0  # times the base's perplexity: what such a model says is noise
 _REPLY = 40  # tokens of the judged answer
+_ROUNDS = 5  # of decoding, with and without the changes
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class Arena:
         scores = self._meter.measure_all([self.plan.cases[index] for index in done])
         point: Row = {"edits": len(rows), "made": sum(row["outcome"] == "made" for row in rows), "measured": len(done)}
         point["scores"] = mean_scores([asdict(each) for each in scores])
-        point |= self._damage() | {"decode_ms": self._decode_ms(), "seconds": time.perf_counter() - begun}
+        point |= self._damage() | {"decode_speed": self._decode_speed(), "seconds": time.perf_counter() - begun}
         points.append(point)
 
     def _collapsed(self, points: Sequence[Row]) -> bool:
@@ -310,14 +312,26 @@ class Arena:
         with engine.gate.step():
             return [hashlib.sha256(view.parameter.detach().cpu().numpy().tobytes()).hexdigest() for view in views]
 
+    def _decode_speed(self) -> float:
+        """Tokens a second of greedy decoding, as a share of the base model's; both in turns, for machines are noisy."""
+        now = self.engine.state
+        base, changed = list[float](), list[float]()
+        try:
+            for _ in range(_ROUNDS):
+                for state, spent in (((), base), (now, changed)):
+                    self.engine.become(state)
+                    spent.append(self._decode_ms())
+        finally:
+            self.engine.become(now)
+        return median(base) / median(changed)
+
     def _decode_ms(self, tokens: int = 24) -> float:
         """Milliseconds a token of greedy decoding, under the state of now."""
         marks = [time.perf_counter()]
         question = [Message("user", "Write a short story about a lighthouse.")]
         for _ in self.engine.generate(question, Sampling(max_tokens=tokens)):
             marks.append(time.perf_counter())
-        steps = sorted(later - earlier for earlier, later in pairwise(marks[1:]))
-        return 1000 * steps[len(steps) // 2]
+        return 1000 * median(later - earlier for earlier, later in pairwise(marks[1:]))
 
 
 def case_of(engine: TransformersEngine, edit: Edit, previous: Sequence[Answered] = ()) -> Case:

@@ -32,6 +32,7 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("fluency", "fluency", "whole"),
     ("KL", "kl", "small"),
     ("perplexity ratio", "perplexity_ratio", "small"),
+    ("decode speed", "decode_speed", "ratio"),
     ("weights", "share", "per mille"),
     ("seconds", "seconds", "seconds"),
     ("peak MB", "peak_mb", "whole"),
@@ -109,7 +110,7 @@ def _of_point(name: str, point: Row, cases: Sequence[Row]) -> Row:
     so_far = [case for case in cases[: point["edits"]] if case["outcome"] == "made"]
     row: Row = {"method": name, "cases": point["edits"], "made": point["made"]}
     _scored(row, point["scores"])
-    row |= {key: point.get(key) for key in ("kl", "perplexity_ratio", "undo_exact")}
+    row |= {key: point.get(key) for key in ("kl", "perplexity_ratio", "decode_speed", "undo_exact")}
     row["seconds"] = mean([case["seconds"] for case in so_far])
     row["peak_mb"] = max((case["peak_mb"] for case in so_far if case.get("peak_mb") is not None), default=None)
     return row
@@ -134,7 +135,7 @@ def _written(value: Any, how: str) -> str:
     if how == "all":
         return "exact" if value else "**not exact**"
     forms = {"share": 100 * value, "per mille": 1000 * value}
-    digits = {"share": 1, "whole": 0, "small": 4, "per mille": 2, "seconds": 2}[how]
+    digits = {"share": 1, "whole": 0, "small": 4, "ratio": 2, "per mille": 2, "seconds": 2}[how]
     return f"{forms.get(how, value):,.{digits}f}" + (" ‰" if how == "per mille" else "")
 
 
