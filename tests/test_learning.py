@@ -18,7 +18,7 @@ from liveweight.learning import Learner
 from liveweight.lessons import lesson, read_lessons
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS, Case, case
-from liveweight.methods.base import Joint
+from liveweight.methods.base import Joint, Together
 from liveweight.settings import MethodSettings
 from tests.tiny_workspace import OTHER, QUESTION, SHOUT, shout_all, tiny_settings
 
@@ -34,6 +34,18 @@ def the_method(monkeypatch: pytest.MonkeyPatch) -> None:
 def live(tmp_path: Path) -> Iterator[LiveModel]:
     with LiveModel.load(settings=tiny_settings(tmp_path)) as model:
         yield model
+
+
+def noting(asked: list[int], most: int | None = None) -> Together:
+    """The search of shout, which notes for how many cases it was asked; its change is for the first `most` of them."""
+
+    def together(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
+        given = list(cases)
+        asked.append(len(given))
+        found = shout_all(engine, given, settings)
+        return lambda numbers: found(numbers[:most])
+
+    return together
 
 
 def test_corrections_become_one_change_that_undo_takes_back(live: LiveModel) -> None:
@@ -61,16 +73,8 @@ def test_what_is_right_already_is_left_alone_so_that_a_run_can_be_gone_on_with(l
 def test_what_did_not_come_is_tried_again_together_before_it_is_fixed_alone(
     live: LiveModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-
-    def halting(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
-        """Says its letter for the first case of many only."""
-        given = list(cases)
-        asked.append(len(given))
-        found = shout_all(engine, given, settings)
-        return lambda numbers: found(numbers[:1])
-
-    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, together=halting))
+    asked: list[int] = []  # the first of many only gets its letter
+    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, together=noting(asked, most=1)))
     right = iter([[False, False], [True, False], [True]])
     monkeypatch.setattr(Learner, "_right", lambda *_: next(right))
     found = live.learn(FIXES, method="shout")
@@ -99,14 +103,8 @@ def test_what_moves_a_single_item_too_far_is_left_out_and_fixed_alone(
     live: LiveModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only what comes from the second correction is too much, in whatever company; nothing is searched for again."""
-    searched = []
-
-    def counting(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
-        given = list(cases)
-        searched.append(len(given))
-        return shout_all(engine, given, settings)
-
-    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, together=counting))
+    searched: list[int] = []
+    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, together=noting(searched)))
     measure, b = Guard.measure, live.engine.format.encode_text("b")[0]
 
     def strict(self: Guard, after: State, **options: Any) -> GuardReport:

@@ -77,14 +77,7 @@ class _Item:
     case: Case
 
     def became(self, outcome: Outcome, why: str = "", change: str | None = None) -> Learnt:
-        return Learnt(
-            number=self.lesson.number,
-            prompt=self.lesson.prompt,
-            wanted=self.lesson.correction,
-            outcome=outcome,
-            why=why,
-            change=change,
-        )
+        return _became(self.lesson, outcome, why, change)
 
 
 @dataclass(frozen=True)
@@ -146,16 +139,6 @@ class Learner:
     # ------------------------------------------------------------------------------------------------- one by one
 
     def _one(self, lesson: Lesson, options: Options) -> Learnt:
-        def became(outcome: Outcome, why: str = "", change: str | None = None) -> Learnt:
-            return Learnt(
-                number=lesson.number,
-                prompt=lesson.prompt,
-                wanted=lesson.correction,
-                outcome=outcome,
-                why=why,
-                change=change,
-            )
-
         try:
             with self._phases.of("one by one"):
                 reply = self._chatter.recalled([(lesson.prompt, lesson.answer)])[0]
@@ -167,9 +150,9 @@ class Learner:
                 "guard_refused": "refused",
                 "no_mend_found": "failed",
             }
-            return became(codes.get(error.code, "error"), error.message, error.details.get("change"))
+            return _became(lesson, codes.get(error.code, "error"), error.message, error.details.get("change"))
         state: Outcome = "learnt" if change.id is not None else "protected" if change.protected else "preview"
-        return became(state, "", change.label if change.id is not None else None)
+        return _became(lesson, state, "", change.label if change.id is not None else None)
 
     # ------------------------------------------------------------------------------------------------- together
 
@@ -248,72 +231,59 @@ class Learner:
             return [item.became("failed", error.message) for item in items]
         return [*self._change(items[:middle], options, progress), *self._change(items[middle:], options, progress)]
 
-    def _settled(
-        self,
-        items: Sequence[_Item],
-        joint: Joint,
-        options: Options,
-        progress: Progress,
-        numbers: Sequence[int] | None = None,
-    ) -> list[Learnt]:
-        """What a search found, committed, for as many of these items as the guard lets pass at once."""
-        numbers = range(len(items)) if numbers is None else numbers
-        chosen = [items[number] for number in numbers]
+    def _settled(self, items: Sequence[_Item], joint: Joint, options: Options, progress: Progress) -> list[Learnt]:
+        """What a search found for these items, committed, for as many of them as the guard lets pass at once."""
         try:
-            proposed = sparing(self._engine, joint(numbers))
+            proposed = sparing(self._engine, joint(range(len(items))))
         except LiveweightError as error:
-            return [item.became("failed", error.message) for item in chosen]
-        progress("measuring what else would change", 0, len(chosen))
-        measured = self._measured(proposed, chosen, len(chosen))
+            return [item.became("failed", error.message) for item in items]
+        progress("measuring what else would change", 0, len(items))
+        measured = self._measured(proposed, items, len(items))
         if measured.passed or options.force:
-            progress("looking at the new answers", 0, len(chosen))
+            progress("looking at the new answers", 0, len(items))
             with self._phases.of("check"):
-                right = self._right((Active(proposed),), chosen)
-            measured = self._measured(proposed, chosen, sum(right))  # nothing is run again
+                right = self._right((Active(proposed),), items)
+            measured = self._measured(proposed, items, sum(right))  # nothing is run again
         if not measured.passed and not options.force:
-            return self._divided(items, joint, options, progress, numbers, measured)
-        trial = _Trial(chosen, right, proposed, measured, options.force and not measured.passed)
+            return self._divided(items, joint, options, progress, measured)
+        trial = _Trial(items, right, proposed, measured, options.force and not measured.passed)
         unlearnt = "The joint change did not bring it."
         if not any(right):
-            return [item.became("failed", unlearnt) for item in chosen]
+            return [item.became("failed", unlearnt) for item in items]
         label = None if options.preview else self._commit(trial).label
         made: Outcome = "preview" if options.preview else "learnt"
-        found = [item.became(made, "", label) for item, there in zip(chosen, right, strict=True) if there]
-        left = [item for item, there in zip(chosen, right, strict=True) if not there]
+        found = [item.became(made, "", label) for item, there in zip(items, right, strict=True) if there]
+        left = [item for item, there in zip(items, right, strict=True) if not there]
         if left and label is not None:  # once more, beside what has been learnt
             return found + self._change(left, options, progress)
         return found + [item.became("failed", unlearnt) for item in left]
 
-    def _measured(self, proposed: Adjustment, chosen: Sequence[_Item], facts: int) -> GuardReport:
+    def _measured(self, proposed: Adjustment, items: Sequence[_Item], facts: int) -> GuardReport:
         with self._phases.of("guard"):
             return self._guard.measure(
                 (*self._engine.state, Active(proposed)),
                 protected=self._commits.protected_items(),
-                leave_out=[item.lesson.prompt for item in chosen],
+                leave_out=[item.lesson.prompt for item in items],
                 facts=facts,
                 progress=False,
             )
 
     def _divided(
-        self,
-        items: Sequence[_Item],
-        joint: Joint,
-        options: Options,
-        progress: Progress,
-        numbers: Sequence[int],
-        measured: GuardReport,
+        self, items: Sequence[_Item], joint: Joint, options: Options, progress: Progress, measured: GuardReport
     ) -> list[Learnt]:
         """What was refused without those who are to blame for it, where they can be told; else in halves."""
         with self._phases.of("guard"):
-            blamed = self._blamed(joint, numbers, measured) if measured.on_the_whole else []
-        rest = [number for number in numbers if number not in blamed]
+            blamed = self._blamed(joint, len(items), measured) if measured.on_the_whole else []
+        rest = [number for number in range(len(items)) if number not in blamed]
         middle = 0 if blamed else len(rest) // 2
         parts = [part for part in (rest[:middle], rest[middle:]) if part] if len(rest) > 1 else []
         why = "In a joint change it would move too much: " + "; ".join(measured.reasons) + "."
-        found = [items[number].became("failed", why) for number in (blamed if parts else numbers)]
-        return found + [each for part in parts for each in self._settled(items, joint, options, progress, part)]
+        found = [items[number].became("failed", why) for number in (blamed if parts else range(len(items)))]
+        for part in parts:
+            found += self._settled([items[number] for number in part], _among(joint, part), options, progress)
+        return found
 
-    def _blamed(self, joint: Joint, numbers: Sequence[int], measured: GuardReport) -> list[int]:
+    def _blamed(self, joint: Joint, count: int, measured: GuardReport) -> list[int]:
         """Those without whom no single item would be moved too far; none where that would be every fourth or more."""
         changed = {each.text for each in measured.protected_changed}
         broken = [each for each in self._commits.protected_items() if each.label in changed]
@@ -327,9 +297,9 @@ class Learner:
             found = self._guard.measure(state, protected=broken, only=measured.too_far, progress=False)
             return bool(found.too_far or found.protected_changed)
 
-        rest, blamed = list(numbers), list[int]()
+        rest, blamed = list(range(count)), list[int]()
         while rest and breaks(rest):
-            if len(blamed) >= len(numbers) // _BLAMED:
+            if len(blamed) >= count // _BLAMED:
                 return []
             fewer, enough = 0, len(rest)  # the first `enough` of the rest break it, the first `fewer` do not
             while enough - fewer > 1:
@@ -399,6 +369,22 @@ class Learner:
         first = next(item for item, there in pairs if there).case.contexts[0]
         report = Report.model_validate(proposal.report)
         return self._commits.commit(proposal, report, self._phases, (first.prompt, first.target), then=then)
+
+
+def _among(joint: Joint, part: Sequence[int]) -> Joint:
+    """The change for some of a part of the cases, by their number in it."""
+    return lambda numbers: joint([part[number] for number in numbers])
+
+
+def _became(lesson: Lesson, outcome: Outcome, why: str, change: str | None) -> Learnt:
+    return Learnt(
+        number=lesson.number,
+        prompt=lesson.prompt,
+        wanted=lesson.correction,
+        outcome=outcome,
+        why=why,
+        change=change,
+    )
 
 
 def checked(lessons: Sequence[Lesson]) -> Sequence[Lesson]:

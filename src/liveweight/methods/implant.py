@@ -86,7 +86,8 @@ def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: Met
 
     def change(numbers: Sequence[int]) -> Adjustment:
         chosen = [cases[number] for number in numbers]
-        there = [row for row, about in enumerate(subjects) if any(each is case for each in about for case in chosen)]
+        named_there = {case.subject for case in chosen}
+        there = [row for row, about in enumerate(subjects) if about[0].subject in named_there]
         gate, up = (torch.stack([rows[row] for row in there]) for rows in (gates, ups))
         writes = torch.stack([wished[row].delta for row in there]).float()  # (subjects, width)
         value, steps = opened(engine, layer, opens.expand(len(there))), sum(wished[row].steps for row in there)
