@@ -40,9 +40,10 @@ from liveweight.methods.calibration import Measure
 from liveweight.methods.contrast import Contrast, Given, contrast, examples, judged
 from liveweight.methods.sides import Chat, Pair, of_pairs, of_sets, of_words, two_words
 from liveweight.methods.steer import How, Steering, steering
+from liveweight.reading import Reading
 from liveweight.reports import Change, Kind, Reply
 from liveweight.settings import Settings
-from liveweight.tracing import Run, SuperWeights, WhyReport, find_super_weights, why
+from liveweight.tracing import Run
 
 Say = Callable[[str], None]
 ReplyLike = Reply | str | int  # the reply, "r3" or 3
@@ -53,7 +54,7 @@ def _quiet(_: str) -> None:
     """Tell nobody."""
 
 
-class LiveModel:
+class LiveModel(Reading):
     """A running model that learns from feedback, and can take every change back. Safe to use from several threads."""
 
     def __init__(
@@ -186,21 +187,6 @@ class LiveModel:
     def replies(self, *, limit: int | None = None) -> list[Reply]:
         """What this model answered, newest first."""
         return [Reply(**record.model_dump()) for record in self.ledger.replies(self.engine.info.hash, limit=limit)]
-
-    def why(self, reply: ReplyLike, *, against: str | None = None, top: int = 20) -> WhyReport:
-        """The neurons that pushed a reply most and those that pushed against it, under the present weights.
-
-        `against` compares with another answer; left out, with each token's runner-up.
-        """
-        found = self.reply(reply)
-        return why(
-            self.engine,
-            found.prompt,
-            self._judge.spoken(found),
-            against=against,
-            top=top,
-            cache_dir=self.settings.cache_dir,
-        )
 
     def step(self, prompt: str | Sequence[Message | Mapping[str, str]], *, raw: bool = False) -> Run:
         """A forward pass to stop, look into and change, for a `with` block; see `tracing.stepping`.
@@ -507,10 +493,6 @@ class LiveModel:
         """The journal, oldest first; with a limit, its end."""
         events = self.ledger.events()
         return events if limit is None else events[-limit:]
-
-    def super_weights(self, progress: Callable[[int, int], None] | None = None) -> SuperWeights:
-        """The few weights that no change may touch; found once a model, then read from the cache."""
-        return find_super_weights(self.engine, self.settings.cache_dir, progress)
 
     def fingerprints(self) -> dict[str, str]:
         """sha256 of every tensor's bytes as they are now, by parameter name."""

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_options
+from liveweight.shown import table
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -58,7 +59,7 @@ def contrast(
             found = live.contrast(*sides, names=(a.stem, b.stem), completion=completion)
         told: dict[str, Any] = {"contrast": found.as_dict(top)}
         if not options.json:
-            output.out().print(table(found, top))
+            output.out().print(neurons_view(found, top))
         if picture is not None:
             from liveweight import pictures
 
@@ -107,14 +108,14 @@ def read_prompts(path: Path) -> list[Given]:
     return found
 
 
-def table(found: Contrast, top: int) -> RenderableType:
+def neurons_view(found: Contrast, top: int) -> RenderableType:
     """The strongest neurons, one a line."""
     a, b = found.names
     head = Text.assemble((f"{a} ({len(found.a)})", "bold"), " against ", (f"{b} ({len(found.b)})", "bold"))
     tested = f"{found.significant:,} of {found.separation.tested:,} neurons differ (q < 0.05)"
     head.append(f"\n{tested}; {found.eligible:,} of them by half a deviation, and write towards the answers", "dim")
     means = (f"{name[:8]}>" for name in (a, b))
-    shown = output.table("neuron", "more in", "effect>", "q>", "consistent>", *means, "push>")
+    shown = table("neuron", "more in", "effect>", "q>", "consistent>", *means, "push>")
     for each in found.neurons(top):
         shown.add_row(
             Text(f"L{each.layer}/{each.neuron}", "bold"),

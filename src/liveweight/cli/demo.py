@@ -59,7 +59,7 @@ def _told(live: LiveModel, question: str, answer: str, *, quiet: bool) -> dict[s
 
     show.title("2  Why")
     why = live.why(reply, top=5)
-    show.draw(output.why_view(why))
+    show.draw(why)
 
     show.title(f"3  Fix: {answer}")
     change = live.fix(reply, answer)

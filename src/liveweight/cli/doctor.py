@@ -13,6 +13,7 @@ from rich.text import Text
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_options
+from liveweight.shown import grid, table
 
 if TYPE_CHECKING:
     from liveweight.adjustments import WeightOp
@@ -33,7 +34,7 @@ def doctor(options: Options) -> None:
         output.print_json(found)
     else:
         rows = [(name, _view(value)) for name, value in found.items()]
-        output.out().print(output.grid(rows))
+        output.out().print(grid(rows))
 
 
 def _examined(live: LiveModel, loading: float) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def _view(value: Any) -> RenderableType:
     """A value as text; what changes cost as a table."""
     if not (isinstance(value, dict) and all(isinstance(part, dict) for part in value.values())):
         return Text(_shown(value))
-    shown = output.table("", "apply ms>", "undo ms>", "apply bytes>", "undo bytes>")
+    shown = table("", "apply ms>", "undo ms>", "apply bytes>", "undo bytes>")
     for name, cost in value.items():
         times, sizes = (cost["apply_ms"], cost["undo_ms"]), (cost["apply_bytes"], cost["undo_bytes"])
         shown.add_row(name, *(f"{each:.2f}" for each in times), *(f"{each:,}" for each in sizes))

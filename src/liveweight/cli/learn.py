@@ -10,6 +10,7 @@ from rich.text import Text
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_method_settings, takes_options
+from liveweight.shown import table
 
 if TYPE_CHECKING:
     from liveweight.learning import Lessons
@@ -51,9 +52,9 @@ def learn(
 def _shown(found: Lessons) -> None:
     outcomes = list(dict.fromkeys(item.outcome for item in found.items))
     output.out().print(", ".join(f"{found.count(outcome)} {outcome}" for outcome in outcomes))
-    table = output.table("line>", "question", "wanted", "", "change", "why")
+    shown = table("line>", "question", "wanted", "", "change", "why")
     for item in found.items:
-        table.add_row(
+        shown.add_row(
             str(item.number),
             Text(item.prompt),
             Text(item.wanted or ""),
@@ -61,6 +62,6 @@ def _shown(found: Lessons) -> None:
             item.change or "",
             Text(item.why),
         )
-    output.out().print(table)
+    output.out().print(shown)
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in found.seconds.items())
     output.out().print(Text(f"seconds: {sum(found.seconds.values()):.1f} ({spent})", "dim"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_options
+from liveweight.shown import table
 
 
 @takes_options
@@ -29,7 +30,7 @@ def models(options: Options) -> None:
     if options.json:
         output.print_json({"embedded": {"name": EMBEDDED, "installed": installed}, "known": known})
         return
-    shown = output.table("model", "architecture", "hash", "active>", "changes>")
+    shown = table("model", "architecture", "hash", "active>", "changes>")
     for model in known:
         cells = [str(model[name]) for name in ("name", "architecture", "hash", "active", "changes")]
         shown.add_row(*cells[:2], cells[2][:12], *cells[3:])

@@ -1,6 +1,6 @@
 """What is shown: results on stdout, progress and errors on stderr, as text for people or JSON for programs.
 
-Owns colours, tables and panels, made for 80 columns. Knows nothing of how results come about.
+Owns consoles, bars and the views of changes, made for 80 columns. Knows nothing of how results come about.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from liveweight.shown import grid, short, table
+
 if TYPE_CHECKING:
     from liveweight.errors import LiveweightError
     from liveweight.reports import Change, Report
-    from liveweight.tracing import NeuronPush, WhyReport
 
 _STATES = {"active": "green", "off": "yellow", "undone": "dim", "refused": "red", "failed": "red", "preview": "cyan"}
 
@@ -61,25 +62,6 @@ def print_error(error: LiveweightError, *, as_json: bool) -> None:
     console.print(Text(error.message, style="bold red"))
     if error.hint:
         console.print(Text(error.hint))
-
-
-def table(*columns: str, title: str | None = None) -> Table:
-    """An empty table in the house's look."""
-    made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, expand=False)
-    for column in columns:
-        right = column.endswith(">")
-        made.add_column(column.removesuffix(">"), justify="right" if right else "left", overflow="fold")
-    return made
-
-
-def grid(rows: Sequence[tuple[str, RenderableType]]) -> Table:
-    """Names on the left, values on the right."""
-    made = Table.grid(padding=(0, 2))
-    made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in rows:
-        made.add_row(name, value)
-    return made
 
 
 def state_text(change: Change) -> Text:
@@ -159,8 +141,8 @@ def guard_view(report: Report) -> RenderableType:
         shown.add_row(Text(name.replace("_", " ").replace("kl", "KL")), Text(found, style=style), Text(budget, "dim"))
     parts: list[RenderableType] = [verdict, shown]
     for answer in (*guard.protected_changed, *guard.changed)[:3]:
-        moved = f"{_short(answer.before, 30)} → {_short(answer.after, 30)}"
-        parts.append(Text(f"{_short(answer.text, 40)}: {moved}", "dim"))
+        moved = f"{short(answer.before, 30)} → {short(answer.after, 30)}"
+        parts.append(Text(f"{short(answer.text, 40)}: {moved}", "dim"))
     return Group(*parts)
 
 
@@ -179,41 +161,7 @@ def changes_view(changes: Sequence[Change]) -> RenderableType:
             state,
             f"{change.strength:g}",
             change.method or "",
-            Text(_short(change.question, 36)),
-            Text(_short(wanted, 18)),
+            Text(short(change.question, 36)),
+            Text(short(wanted, 18)),
         )
     return shown
-
-
-def why_view(report: WhyReport) -> RenderableType:
-    """The neurons for and against an answer."""
-    against = f" rather than {report.against!r}" if report.against else ""
-    head = Text.assemble("Why ", (report.answer.strip(), "bold"), against, "?")
-    head.append(f"  margin {report.margin:.2f} nats at {report.version.split(':')[0]}", style="dim")
-    parts: list[RenderableType] = [head, Text()]
-    for title, pushes in (("pushed it", report.pushed), ("pushed against it", report.opposed)):
-        parts += [_pushes(title, pushes), Text()]
-    if report.super_neurons:
-        named = ", ".join(f"L{each.layer}/{each.neuron}" for each in report.super_neurons)
-        parts.append(Text(f"Left out: {named}, which hold super weights and push every answer.", "dim"))
-    return Group(*parts)
-
-
-def _pushes(title: str, pushes: Sequence[NeuronPush]) -> Table:
-    shown = table(title, "share>", "activation>", "at", "predicting", "writes")
-    for each in pushes:
-        label = each.label.text(negative=each.activation < 0, tokens=3) if each.label is not None else ""
-        shown.add_row(
-            Text(f"L{each.layer}/{each.neuron}", "bold"),
-            f"{each.share:.2%}",
-            f"{each.activation:.2f}",
-            Text(repr(each.token)[1:-1]),
-            Text(repr(each.predicts)[1:-1]),
-            Text(label),
-        )
-    return shown
-
-
-def _short(text: str, most: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from liveweight.cli import output
 from liveweight.errors import InvalidInput, UnknownReply
+from liveweight.shown import table
 
 if TYPE_CHECKING:
     from liveweight.live_model import LiveModel
@@ -66,7 +67,7 @@ def _fix(talk: Talk, rest: str) -> None:
 
 
 def _why(talk: Talk, rest: str) -> None:
-    output.out().print(output.why_view(talk.live.why(talk.reply, against=rest or None, top=8)))
+    output.out().print(talk.live.why(talk.reply, against=rest or None, top=8))
 
 
 def _step(talk: Talk, rest: str) -> None:
@@ -119,7 +120,7 @@ def _new(talk: Talk, rest: str) -> None:
 
 
 def _help(talk: Talk, rest: str) -> None:
-    shown = output.table("command", "what it does")
+    shown = table("command", "what it does")
     for command in COMMANDS.values():
         shown.add_row(Text(command.form, "bold"), command.help)
     output.out().print(shown)

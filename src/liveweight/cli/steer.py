@@ -10,6 +10,7 @@ from rich.text import Text
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_options
+from liveweight.shown import grid, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -132,17 +133,15 @@ def view(found: Steering) -> RenderableType:
         ),
         ("effect", Text(f"{found.effect:+.3f} nats a token for it over its opposite, on {found.held} examples")),
     ]
-    curve = output.table("factor>", "mean KL>", "p95 KL>", "effect>", "", title="the curve")
+    curve = table("factor>", "mean KL>", "p95 KL>", "effect>", "", title="the curve")
     for point in found.curve:
         mark = "chosen" if point.factor == found.factor else ""
         curve.add_row(
             f"{point.factor:.3f}", f"{point.mean_kl:.4f}", f"{point.p95_kl:.4f}", f"{point.effect:+.3f}", mark
         )
-    parts: list[RenderableType] = [output.grid(rows), Text(), curve]
+    parts: list[RenderableType] = [grid(rows), Text(), curve]
     if found.layers:
-        tried = output.table(
-            "layer>", "factor>", "mean KL>", "p95 KL>", "effect>", "per nat>", "", title="layers tried"
-        )
+        tried = table("layer>", "factor>", "mean KL>", "p95 KL>", "effect>", "per nat>", "", title="layers tried")
         for each in found.layers:
             tried.add_row(
                 str(each.layer),
@@ -158,6 +157,6 @@ def view(found: Steering) -> RenderableType:
 
 
 def _side_by_side(prompt: str, without: str, steered: str) -> RenderableType:
-    shown = output.table("without", "with", title=prompt)
+    shown = table("without", "with", title=prompt)
     shown.add_row(Text(without), Text(steered, style="green"))
     return shown

@@ -19,6 +19,7 @@ from rich.text import Text
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_options
 from liveweight.errors import InvalidInput, LiveweightError
+from liveweight.shown import table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -308,7 +309,7 @@ def _sites(at: _Session, rest: str) -> None:
 
 
 def _help(at: _Session, rest: str) -> None:
-    shown = output.table("command", "what it does")
+    shown = table("command", "what it does")
     for command in _COMMANDS.values():
         shown.add_row(Text(command.form, "bold"), command.help)
     output.out().print(shown)
@@ -356,7 +357,7 @@ def look_view(view: View) -> RenderableType:
     head = Text.assemble((view.site, "bold"), f"  {length} tokens x {size}")
     head.append(f"  norms {min(view.norms):.4g} to {max(view.norms):.4g}, last {view.norms[-1]:.4g}", style="dim")
     labelled = any(entry.label for entry in view.largest)
-    shown = output.table("token", "", "entry>", "value>", *(("promotes",) if labelled else ()))
+    shown = table("token", "", "entry>", "value>", *(("promotes",) if labelled else ()))
     for entry in view.largest:
         row: list[Any] = [str(entry.position), Text(_quoted(entry.token)), str(entry.index), f"{entry.value:.4g}"]
         shown.add_row(*row, *([Text(entry.label)] if labelled else []))
@@ -364,7 +365,7 @@ def look_view(view: View) -> RenderableType:
 
 
 def _lens_table(view: View, most: int = 6) -> RenderableType:
-    shown = output.table("token", "", "norm>", "logit lens")
+    shown = table("token", "", "norm>", "logit lens")
     for row in view.lens[-most:]:
         said = "  ".join(f"{_quoted(guess.text)} {guess.probability:.2f}" for guess in row.top[:4])
         shown.add_row(str(row.position), Text(_quoted(row.token)), f"{view.norms[row.position]:.4g}", Text(said))
@@ -375,7 +376,7 @@ def ending_view(ending: Ending, edited: bool) -> RenderableType:
     """The next token, without the edits and with them."""
     if not edited:
         return _guesses("next token", ending.before)
-    shown = output.table("next token before", "probability>", "with the edits", "probability>")
+    shown = table("next token before", "probability>", "with the edits", "probability>")
     for old, new in zip(ending.before, ending.after, strict=True):
         cells = (Text(_quoted(old.text)), f"{old.probability:.3f}", Text(_quoted(new.text)), f"{new.probability:.3f}")
         shown.add_row(*cells)
@@ -383,7 +384,7 @@ def ending_view(ending: Ending, edited: bool) -> RenderableType:
 
 
 def _guesses(title: str, guesses: Sequence[TokenGuess]) -> RenderableType:
-    shown = output.table(title, "probability>")
+    shown = table(title, "probability>")
     for guess in guesses:
         shown.add_row(Text(_quoted(guess.text)), f"{guess.probability:.3f}")
     return shown

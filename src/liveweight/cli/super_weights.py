@@ -17,14 +17,4 @@ def super_weights(options: Options) -> None:
     if options.json:
         output.print_json(found.model_dump(mode="json"))
         return
-    shown = output.table("weight", "value>", "activation>", "perplexity>", "without it>", "")
-    for weight in found.weights:
-        shown.add_row(
-            f"{weight.site} [{weight.row}, {weight.column}]",
-            f"{weight.value:.3f}",
-            f"{weight.activation:.0f}",
-            f"{weight.perplexity:.1f}",
-            f"{weight.perplexity_zeroed:,.0f}",
-            "protected" if weight.confirmed else "harmless",
-        )
-    output.out().print(shown if found.weights else "No super weights were found.")
+    output.out().print(found)

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_method_settings, takes_options
+from liveweight.shown import table
 
 if TYPE_CHECKING:
     from liveweight.evaluation.tuning import Tuned
@@ -64,9 +65,9 @@ def _told(tuned: Tuned) -> dict[str, Any]:
 
 def _view(tuned: Tuned) -> Any:
     names = list(tuned.chosen.settings)
-    table = output.table("", *(f"{name}>" for name in names), "success>", "damage>", title=tuned.method)
+    shown = table("", *(f"{name}>" for name in names), "success>", "damage>", title=tuned.method)
     for number, each in enumerate(tuned.tried):
         mark = "chosen" if each == tuned.chosen else "defaults" if number == 0 else ""
         values = [f"{each.settings[name]:.3g}" for name in names]
-        table.add_row(Text(mark, "green"), *values, f"{each.success:.1%}", f"{each.damage:.2f}")
-    return table
+        shown.add_row(Text(mark, "green"), *values, f"{each.success:.1%}", f"{each.damage:.2f}")
+    return shown

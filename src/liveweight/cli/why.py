@@ -25,4 +25,4 @@ def why(
         if options.json:
             output.print_json({"reply": judged.label, **found.model_dump(mode="json")})
         else:
-            output.out().print(output.why_view(found))
+            output.out().print(found)

@@ -17,11 +17,15 @@ from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
+from liveweight.shown import Shown, quoted, table
 from liveweight.tracing.capture import AnswerReading, Neuron, read_answer, require_dense
 from liveweight.tracing.neuron_labels import NeuronLabel, label_neurons
 from liveweight.tracing.super_weights import super_neurons
@@ -64,7 +68,7 @@ class NeuronPush(_Value):
     label: NeuronLabel | None
 
 
-class WhyReport(_Value):
+class WhyReport(_Value, Shown):
     """Why the model gave an answer: the neurons that pushed it most, and those that pushed against it most."""
 
     model: str
@@ -77,6 +81,34 @@ class WhyReport(_Value):
     pushed: tuple[NeuronPush, ...]  # strongest first
     opposed: tuple[NeuronPush, ...]  # strongest first; their pushes are below zero
     super_neurons: tuple[NeuronPush, ...]  # left out of both lists
+
+    def __rich__(self) -> RenderableType:
+        """The neurons for and against the answer."""
+        against = f" rather than {self.against!r}" if self.against else ""
+        head = Text.assemble("Why ", (self.answer.strip(), "bold"), against, "?")
+        head.append(f"  margin {self.margin:.2f} nats at {self.version.split(':')[0]}", style="dim")
+        parts: list[RenderableType] = [head, Text()]
+        for title, pushes in (("pushed it", self.pushed), ("pushed against it", self.opposed)):
+            parts += [_pushes(title, pushes), Text()]
+        if self.super_neurons:
+            named = ", ".join(f"L{each.layer}/{each.neuron}" for each in self.super_neurons)
+            parts.append(Text(f"Left out: {named}, which hold super weights and push every answer.", "dim"))
+        return Group(*parts)
+
+
+def _pushes(title: str, pushes: Sequence[NeuronPush]) -> Table:
+    shown = table(title, "share>", "activation>", "at", "predicting", "writes")
+    for each in pushes:
+        label = each.label.text(negative=each.activation < 0, tokens=3) if each.label is not None else ""
+        shown.add_row(
+            Text(f"L{each.layer}/{each.neuron}", "bold"),
+            f"{each.share:.2%}",
+            f"{each.activation:.2f}",
+            quoted(each.token),
+            quoted(each.predicts),
+            Text(label),
+        )
+    return shown
 
 
 def why(

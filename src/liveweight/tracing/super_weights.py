@@ -20,11 +20,13 @@ from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import RenderableType
 
 from liveweight.adjustments import Active, Adjustment, Entries, State
 from liveweight.engines.base import ScoreItem
 from liveweight.engines.fingerprints import write_atomically
 from liveweight.engines.transformers import TransformersEngine
+from liveweight.shown import Shown, table
 from liveweight.sites import Region
 from liveweight.tracing.capture import Neuron
 from liveweight.tracing.label_cache import cannot_keep
@@ -69,7 +71,7 @@ class SuperWeight(_Value):
         return f"layers.{self.layer}.mlp.down.weight"
 
 
-class SuperWeights(_Value):
+class SuperWeights(_Value, Shown):
     """What was found in one model. Unconfirmed candidates are in `weights` too."""
 
     model_hash: str
@@ -86,6 +88,20 @@ class SuperWeights(_Value):
     def neurons(self) -> frozenset[Neuron]:
         """The super neurons: the (layer, neuron) of every confirmed one."""
         return frozenset((weight.layer, weight.column) for weight in self.confirmed)
+
+    def __rich__(self) -> RenderableType:
+        """Every candidate and what the perplexity becomes without it."""
+        shown = table("weight", "value>", "activation>", "perplexity>", "without it>", "")
+        for weight in self.weights:
+            shown.add_row(
+                f"{weight.site} \\[{weight.row}, {weight.column}]",
+                f"{weight.value:.3f}",
+                f"{weight.activation:.0f}",
+                f"{weight.perplexity:.1f}",
+                f"{weight.perplexity_zeroed:,.0f}",
+                "protected" if weight.confirmed else "harmless",
+            )
+        return shown if self.weights else "No super weights were found."
 
 
 class Candidate(NamedTuple):
