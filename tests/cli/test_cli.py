@@ -27,6 +27,9 @@ VERBS = [
     "bad",
     "good",
     "why",
+    "neurons",
+    "neuron",
+    "clamp",
     "step",
     "contrast",
     "steer",
@@ -260,6 +263,64 @@ def test_contrast_says_which_line_of_a_file_it_does_not_understand(run: Run, tmp
     assert "2 prompts" in told(run("contrast", str(good), str(good), "--json", code=2))["message"]
     assert told(run("contrast", str(good), "--json", code=2))["code"] == "usage"
     assert "0 prompts" in told(run("contrast", "--feedback", "--json", code=2))["message"]
+
+
+def test_neurons_are_labelled_once_searched_and_compared(run: Run, tmp_path: Path) -> None:
+    assert "80 of 80 neurons" in run("neurons").stdout
+    hits = parsed(run("--json", "neurons", "--token", "a", "--top", "3"))
+    assert len(hits["hits"]) == 3 <= hits["found"]
+    assert all(hit["token"] == "a" for hit in hits["hits"])
+    one = parsed(run("--json", "neurons", "--find", "b", "--layer", "1", "--side", "promotes", "--top", "500"))
+    assert {(hit["layer"], hit["side"]) for hit in one["hits"]} == {(1, "promotes")}
+    same = parsed(run("--json", "neurons", "--compare", parsed(run("--json", "models"))["known"][0]["source"]))
+    assert same["kept"] == {"promotes": 1.0, "suppresses": 1.0, "gate": 1.0, "up": 1.0}
+    assert "a match of '[0-9]'" in run("neurons", "--regex", "[0-9]", "--layers", "0-1").stdout
+
+
+def test_one_neuron_has_a_page(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("what is the capital of austria? it is vienna, said the man from the north.\n" * 4)
+    page = parsed(run("--json", "neuron", "1:11", "--text", str(text), "--picture", str(tmp_path / "curve")))
+    assert (page["label"]["layer"], page["label"]["neuron"]) == (1, 11)
+    assert page["strongest"] and len(page["curve"]["points"]) == 10
+    assert (tmp_path / "curve.html").exists()
+    shown = run("neuron", "1:11", "--text", str(text)).stdout
+    assert "Neuron 1:11" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_clamp_shows_both_answers_and_is_kept_when_told(run: Run) -> None:
+    found = parsed(run("--json", "clamp", "1:4=30", "0:7=-9", "--prompt", QUESTION))
+    assert [(each["layer"], each["neuron"], each["value"]) for each in found["neurons"]] == [(1, 4, 30.0), (0, 7, -9.0)]
+    assert found["next"]["kl"] > 0 and found["change"] is None
+    assert parsed(run("--json", "changes")) == []
+    kept = parsed(run("--json", "clamp", "1:4=30", "--prompt", QUESTION, "--keep", "--force", "--name", "held"))
+    assert (kept["change"]["state"], kept["change"]["method"]) == ("active", "clamp")
+    run("undo")
+    assert "1:4" in run("clamp", "1:4=30", "--prompt", "what is", "--raw").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["neuron", "20-1114"], "invalid_input"),
+        (["neuron", "0:40"], "unknown_site"),
+        (["neuron", "7:0"], "unknown_site"),
+        (["neuron", "0:1", "--text", "/nowhere.txt"], "invalid_input"),
+        (["neurons", "--layers", "3-1"], "invalid_input"),
+        (["neurons", "--layers", "0-9"], "unknown_site"),
+        (["neurons", "--find", " "], "invalid_input"),
+        (["neurons", "--find", "notatoken"], "invalid_input"),
+        (["neurons", "--regex", "["], "invalid_input"),
+        (["neurons", "--merge", "/nowhere.sqlite"], "invalid_input"),
+        (["clamp", "1:4", "--prompt", "what"], "invalid_input"),
+        (["clamp", "1:4=much", "--prompt", "what"], "invalid_input"),
+        (["clamp", "1:4=1", "1:4=2", "--prompt", "what"], "invalid_input"),
+        (["clamp", "1:40=1", "--prompt", "what"], "unknown_site"),
+        (["clamp", "1:4=1", "--prompt", " "], "invalid_input"),
+    ],
+)
+def test_neurons_that_are_not_there_are_named(run: Run, words: list[str], name: str) -> None:
+    assert told(run("--json", *words, code=2))["code"] == name
 
 
 def test_models_super_weights_and_doctor_say_what_there_is(run: Run) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 from liveweight.adjustments import Active, Adjustment, Dense
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import LiveweightError, UnknownSite, Unsupported
-from liveweight.tracing import Decoded, NeuronLabel, label_cache, label_layer, label_neurons
-from liveweight.tracing import neuron_labels as neuron_labels_module
+from liveweight.tracing import Decoded, NeuronLabel, label_cache, label_layer, label_neurons, unembedding
 from liveweight.tracing.label_cache import LabelCache
 from tests.tracing.tiny_engines import engine_around, tiny_engine
 from tiny_models import DENSE_ARCHITECTURES, LAYERS, NEURONS, WIDTH, bytes_of, tiny_model
@@ -94,8 +93,9 @@ def test_a_whole_layer_in_small_pieces_equals_its_neurons_one_by_one(
         (1, neuron): label_neurons(engine, [(1, neuron)], cache_dir=tmp_path / "alone")[1, neuron]
         for neuron in range(NEURONS)
     }
-    monkeypatch.setattr(neuron_labels_module, "_LOGITS", 7 * engine.sites.vocabulary)
-    monkeypatch.setattr(neuron_labels_module, "_ROWS", 13)
+    monkeypatch.setattr(unembedding, "_LOGITS", 7 * engine.sites.vocabulary)
+    monkeypatch.setattr(unembedding, "_BLOCK", 16)
+    monkeypatch.setattr(unembedding, "_GROUP", 4)
     steps: list[tuple[int, int]] = []
     whole = label_layer(engine, 1, progress=lambda done, of: steps.append((done, of)))
     assert list(whole) == [(1, neuron) for neuron in range(NEURONS)]
@@ -112,8 +112,8 @@ def test_only_what_is_asked_is_computed_and_only_once(tmp_path: Path) -> None:
     cache = LabelCache(tmp_path, engine.info.hash)
     every = [(layer, neuron) for layer in range(LAYERS) for neuron in range(NEURONS)]
     assert cache.get(every).keys() == {(0, 1), (2, 5)}
-    changed = first[0, 1].model_copy(update={"suppresses": first[2, 5].suppresses})
-    cache.put({(0, 1): changed.model_dump_json()})
+    changed = first[2, 5].model_copy(update={"layer": 0, "neuron": 1})
+    cache.put({(0, 1): cache.get([(2, 5)])[2, 5]})
     assert label_neurons(engine, [(0, 1)])[0, 1] == changed  # read from disk
     other = tiny_engine("llama", tmp_path, seed=1)
     assert label_neurons(other, [(0, 1)])[0, 1] != changed  # another model has labels of its own
@@ -148,8 +148,8 @@ def test_two_processes_keep_labels_at_once(tmp_path: Path) -> None:
         "cache, layer = module.LabelCache(pathlib.Path(sys.argv[1]), 'model'), int(sys.argv[2])\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "for neuron in range(25):\n"
-        "    cache.put({(layer, neuron): 'own', (9, neuron): 'shared'})\n"
-        "    assert cache.get([(layer, neuron)]) == {(layer, neuron): 'own'}\n"
+        "    cache.put({(layer, neuron): b'own', (9, neuron): b'shared'})\n"
+        "    assert cache.get([(layer, neuron)]) == {(layer, neuron): b'own'}\n"
     )
     processes = [
         subprocess.Popen(

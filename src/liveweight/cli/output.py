@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -21,6 +22,7 @@ from liveweight.shown import grid, short, table
 if TYPE_CHECKING:
     from liveweight.errors import LiveweightError
     from liveweight.reports import Change, Report
+
 
 _STATES = {"active": "green", "off": "yellow", "undone": "dim", "refused": "red", "failed": "red", "preview": "cyan"}
 
@@ -46,6 +48,20 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
     sys.stdout.flush()
+
+
+def print_report(found: Any, *, as_json: bool, picture: Path | None = None, **more: Any) -> None:
+    """A result that shows itself, or its JSON with what there is `more`; drawn, too, where `picture` says where."""
+    if not as_json:
+        out().print(found)
+    if picture is not None:
+        from liveweight import pictures
+
+        written = [str(path) for path in pictures.save(found.picture(), picture)]
+        say(f"drawn in {', '.join(written)}")
+        more["pictures"] = written
+    if as_json:
+        print_json(found.model_dump(mode="json") | more)
 
 
 def say(sentence: str) -> None:

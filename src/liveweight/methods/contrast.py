@@ -39,10 +39,10 @@ GONE = 0.75  # of the first side's answers, at least, where no other share is to
 KEPT = 0.95  # of the second side's answers, at least
 MOST = 512  # neurons
 _ANSWER = 8  # tokens of an answer that count
-_CHECKED = 48  # examples a side that each trial is checked on
+_CHECKED = 96  # examples a side that each trial is checked on
 _FIRST, _GROWTH = 16, 2  # neurons of the first trial, and how many times more in the next
 _FACTORS = (0.0, -1.0, -2.0)  # silenced first, then turned round
-_BISECTIONS = 1
+_COUNTS = 4  # numbers of neurons that are tried more mildly, each √_GROWTH times the one before
 _ROWS = 16  # prompts that are answered at once
 
 Given = str | tuple[str, str]  # a prompt, or a prompt and its answer
@@ -307,33 +307,34 @@ def _search(
 ) -> Adjustment | None:
     """The fewest neurons, as mildly as does it: silenced if that will do, else turned round. None where nothing does.
 
-    `tried` gets a line a trial.
+    Where the fewest that take enough of the first side's answers away leave too few of the second's, more neurons take
+    as many away more mildly. `tried` gets a line a trial.
     """
     outcomes: dict[tuple[int, float], Held] = {}
 
-    def does(count: int, factor: float) -> bool:
-        found = held(_proposal(name, neurons[:count], factor, "A trial"))
-        outcomes[count, factor] = found
-        tried.append(f"{count} neurons by {factor:.2f}: {found.gone:.0%} gone, {found.kept:.0%} kept")
-        say(tried[-1])
-        return found.gone >= gone and found.kept >= KEPT
+    def goes(count: int, factor: float) -> bool:
+        if (count, factor) not in outcomes:
+            found = outcomes[count, factor] = held(_proposal(name, neurons[:count], factor, "A trial"))
+            tried.append(f"{count} neurons by {factor:.2f}: {found.gone:.0%} gone, {found.kept:.0%} kept")
+            say(tried[-1])
+        return outcomes[count, factor].gone >= gone
 
     most = min(most, len(neurons))
     for strongest in _FACTORS if most else ():
-        low, high = 0, min(_FIRST, most)
-        while not (enough := does(high, strongest)) and high < most:
-            low, high = high, min(_GROWTH * high, most)
-        if not enough:
-            continue
-        for _ in range(_BISECTIONS):
-            middle = round((max(low, 1) * high) ** 0.5)
-            if not low < middle < high:
+        count = min(_FIRST, most)
+        while not goes(count, strongest) and count < most:
+            count = min(_GROWTH * count, most)
+        for _ in range(_COUNTS):
+            if not goes(count, strongest):
                 break
-            low, high = (low, middle) if does(middle, strongest) else (middle, high)
-        factor = mildest(strongest, lambda factor, count=high: does(count, factor))  # type: ignore[misc]
-        went, kept = outcomes[high, factor]
-        told = f"On the given prompts {went:.0%} of the first side's answers go and {kept:.0%} of the second's stay"
-        return _proposal(name, neurons[:high], factor, told)
+            factor = mildest(strongest, lambda factor, count=count: goes(count, factor))  # type: ignore[misc]
+            went, kept = outcomes[count, factor]
+            if kept >= KEPT:
+                told = f"On the given prompts {went:.0%} of the first side's answers go, {kept:.0%} of the other's stay"
+                return _proposal(name, neurons[:count], factor, told)
+            if count == most:
+                break
+            count = min(round(_GROWTH**0.5 * count), most)
     return None
 
 

@@ -1,6 +1,6 @@
 """Neuron labels on disk.
 
-Owns one SQLite file a model, `<cache_dir>/neuron_labels/<model hash>-<format>.sqlite`: a label's JSON by (layer,
+Owns one SQLite file a model, `<cache_dir>/neuron_labels/<model hash>-<format>.sqlite`: a label's bytes by (layer,
 neuron). SQLite's own locks make two processes safe, and its journal keeps a killed one from leaving half a label. The
 file holds only what can be computed again: one that cannot be read is thrown away. Knows nothing of what a label says.
 """
@@ -14,13 +14,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
-from liveweight.errors import LiveweightError, NoSpace
+from liveweight.errors import InvalidInput, LiveweightError, NoSpace
 
-FORMAT = 1  # raised when a label would come out otherwise than before
+FORMAT = 2  # raised when a label would come out otherwise than before
 _BATCH = 400  # pairs of one question; SQLite allows 999 variables
 _PATIENCE = 30.0  # seconds for another process to finish its write
 _TABLE = (
-    "CREATE TABLE IF NOT EXISTS labels (layer INTEGER, neuron INTEGER, label TEXT NOT NULL,"
+    "CREATE TABLE IF NOT EXISTS labels (layer INTEGER, neuron INTEGER, label BLOB NOT NULL,"
     " PRIMARY KEY (layer, neuron)) WITHOUT ROWID"
 )
 _T = TypeVar("_T")
@@ -33,11 +33,11 @@ class LabelCache:
         """Nothing is opened or made before the first use."""
         self.path = cache_dir / "neuron_labels" / f"{model_hash}-{FORMAT}.sqlite"
 
-    def get(self, neurons: Sequence[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    def get(self, neurons: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
         """The kept labels among `neurons`, by (layer, neuron). Raises as `put` does."""
 
-        def select(connection: sqlite3.Connection) -> dict[tuple[int, int], str]:
-            found: dict[tuple[int, int], str] = {}
+        def select(connection: sqlite3.Connection) -> dict[tuple[int, int], bytes]:
+            found: dict[tuple[int, int], bytes] = {}
             for start in range(0, len(neurons), _BATCH):
                 batch = neurons[start : start + _BATCH]
                 marks = ",".join("(?, ?)" for _ in batch)
@@ -50,7 +50,7 @@ class LabelCache:
 
         return self._with(select) if neurons and self.path.exists() else {}
 
-    def put(self, labels: Mapping[tuple[int, int], str]) -> None:
+    def put(self, labels: Mapping[tuple[int, int], bytes]) -> None:
         """Keep labels, all of them or none. Raises NoSpace, and LiveweightError where the folder cannot be written."""
 
         def insert(connection: sqlite3.Connection) -> None:
@@ -58,6 +58,37 @@ class LabelCache:
             connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", rows)
 
         self._with(insert)
+
+    def counts(self) -> dict[int, int]:
+        """How many neurons of each layer are kept. Raises as `put` does."""
+
+        def count(connection: sqlite3.Connection) -> dict[int, int]:
+            return dict(connection.execute("SELECT layer, COUNT(*) FROM labels GROUP BY layer").fetchall())
+
+        return self._with(count) if self.path.exists() else {}
+
+    def absorb(self, file: Path) -> int:
+        """Take over what another machine's file of the same model holds; how many labels were new.
+
+        Raises InvalidInput for a file that cannot be read, and as `put` does.
+        """
+        if not file.is_file():
+            raise InvalidInput(f"There is no file {file}.", hint="Give the file that the other machine wrote.")
+
+        def take(connection: sqlite3.Connection) -> int:
+            before = connection.total_changes
+            with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as other:
+                rows = other.execute("SELECT layer, neuron, label FROM labels")
+                while batch := rows.fetchmany(_BATCH):
+                    connection.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?, ?)", batch)
+            return connection.total_changes - before
+
+        try:
+            with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as other:
+                other.execute("SELECT layer, neuron, label FROM labels LIMIT 1").fetchall()
+        except sqlite3.Error as error:
+            raise InvalidInput(f"{file} holds no labels: {error}.", hint="Copy it again.") from error
+        return self._with(take)
 
     def _with(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Do something in one transaction; in a new file where the present one is damaged."""

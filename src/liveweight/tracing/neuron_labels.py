@@ -1,10 +1,9 @@
 """Readable labels for neurons, through the unembedding.
 
-Owns the decoding of a neuron's vectors into tokens, softmax(U · norm(v)), with U the unembedding and norm the final
-norm without its bias (a logit lens on weights: Geva et al. 2022, Dar et al. 2023). Vectors are taken as the residual
-stream has them: a write column after the norm behind the MLP, where there is one, and a read row times the scale of the
-norm before the MLP. Labels always come from the base's weights, whatever is active, so that they are the same at every
-version and can be kept on disk (`label_cache.py`). Knows nothing of what a neuron did on any prompt.
+Owns which vectors of a neuron are decoded into tokens (`unembedding.py` does it), as the residual stream has them: a
+write column after the norm behind the MLP, where there is one, and a read row times the scale of the norm before the
+MLP. Labels always come from the base's weights, whatever is active, so that they are the same at every version and can
+be kept on disk (`label_cache.py`). Knows nothing of what a neuron did on any prompt.
 """
 
 from __future__ import annotations
@@ -12,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.sites import Norm, Region
+from liveweight.sites import Region
 from liveweight.tracing.capture import Neuron, require_dense
 from liveweight.tracing.label_cache import LabelCache
+from liveweight.tracing.unembedding import TOP, Distributions, decode, decode_both, rows_at_once
 
-TOP = 8  # tokens of a label
-_LOGITS = 16 * 1024 * 1024  # the most logits in memory at once
-_ROWS = 8192  # of the unembedding in memory at once
+PACKED = np.dtype([("ids", "<i4", (TOP,)), ("probabilities", "<f4", (TOP,)), ("entropy", "<f4")])
+"""One side of a label as it is kept: `promotes`, `suppresses`, then what it reads, one after the other."""
+
 Progress = Callable[[int, int], None]  # done, of how many
 
 
@@ -59,6 +60,15 @@ class NeuronLabel(_Value):
     suppresses: Decoded  # the write column, negated
     reads: dict[str, Decoded]  # `gate` and `up`, or `up` alone where the MLP is not gated
 
+    @property
+    def name(self) -> str:
+        """As neurons are written: layer:neuron."""
+        return f"{self.layer}:{self.neuron}"
+
+    def side(self, side: str) -> Decoded:
+        """`promotes`, `suppresses`, or what it reads by `gate` or `up`."""
+        return {"promotes": self.promotes, "suppresses": self.suppresses, **self.reads}[side]
+
     def text(self, *, negative: bool = False, tokens: int = 4) -> str:
         """The likeliest tokens that the neuron writes (when its activation is negative, those of the opposite)."""
         return (self.suppresses if negative else self.promotes).text(tokens)
@@ -76,26 +86,8 @@ def label_neurons(
     `cache_dir` is the model's own cache unless given. Safe for several processes. Raises UnknownSite for a layer or
     neuron that is not there, and Unsupported for a model with experts.
     """
-    require_dense(engine)
-    wanted = list(dict.fromkeys(neurons))
-    for layer, neuron in wanted:
-        engine.sites.check_neurons(layer, (neuron,))
-    cache = LabelCache(cache_dir or engine.loaded.source.cache_dir, engine.info.hash)
-    found = {pair: NeuronLabel.model_validate_json(text) for pair, text in cache.get(wanted).items()}
-    missing: dict[int, list[int]] = {}
-    for layer, neuron in wanted:
-        if (layer, neuron) not in found:
-            missing.setdefault(layer, []).append(neuron)
-    if progress is not None:
-        progress(len(found), len(wanted))
-    for layer, places in missing.items():
-        for part in _computed(engine, layer, places):
-            # Kept piece by piece, so that a whole layer cut short goes on from where it was.
-            cache.put({(each.layer, each.neuron): each.model_dump_json() for each in part})
-            found |= {(each.layer, each.neuron): each for each in part}
-            if progress is not None:
-                progress(len(found), len(wanted))
-    return {pair: found[pair] for pair in wanted}
+    kept = packed_labels(engine, neurons, cache_dir=cache_dir, progress=progress)
+    return {pair: label_of(engine, pair, packed) for pair, packed in kept.items()}
 
 
 def label_layer(
@@ -105,6 +97,36 @@ def label_layer(
     engine.sites.check_layer(layer)
     neurons = range(engine.sites.neurons_of(layer))
     return label_neurons(engine, [(layer, neuron) for neuron in neurons], cache_dir=cache_dir, progress=progress)
+
+
+def packed_labels(
+    engine: TransformersEngine,
+    neurons: Iterable[Neuron],
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[Neuron, bytes]:
+    """As `label_neurons`, each label as it is kept: its sides' `PACKED`, without texts."""
+    require_dense(engine)
+    wanted = list(dict.fromkeys(neurons))
+    for layer, neuron in wanted:
+        engine.sites.check_neurons(layer, (neuron,))
+    cache = LabelCache(cache_dir or engine.loaded.source.cache_dir, engine.info.hash)
+    found = cache.get(wanted)
+    missing: dict[int, list[int]] = {}
+    for layer, neuron in wanted:
+        if (layer, neuron) not in found:
+            missing.setdefault(layer, []).append(neuron)
+    if progress is not None:
+        progress(len(found), len(wanted))
+    for layer, places in missing.items():
+        for part in _computed(engine, layer, places):
+            # Kept piece by piece, so that a whole layer cut short goes on from where it was.
+            cache.put(part)
+            found |= part
+            if progress is not None:
+                progress(len(found), len(wanted))
+    return {pair: found[pair] for pair in wanted}
 
 
 # ------------------------------------------------------------------------------------------------------- decoding
@@ -128,71 +150,65 @@ def read_directions(engine: TransformersEngine, layer: int, neurons: list[int]) 
         norm = engine.sites.read_norm(layer)
         scale = 1.0 if norm is None else norm.scale(engine.weights.base(norm.site))
         where = Region("rows", torch.tensor(neurons))
-        parts = ("gate", "up") if engine.sites.gated else ("up",)
-        return {part: engine.weights.base(engine.sites.mlp_part(layer, part), where) * scale for part in parts}
+        return {
+            part: engine.weights.base(engine.sites.mlp_part(layer, part), where) * scale for part in read_parts(engine)
+        }
 
 
 def decode_directions(engine: TransformersEngine, directions: Tensor) -> list[Decoded]:
     """Directions of the residual stream (n, width) as distributions over tokens."""
-    return _decoded(engine, token_logits(engine, directions.float()))
+    return _told(engine, decode(engine, directions))
 
 
-def token_logits(engine: TransformersEngine, directions: Tensor) -> Tensor:
-    """U · norm(v) of directions (n, width): (n, vocabulary), from the base's unembedding, read a part at a time."""
-    with engine.gate.step():
-        kind = engine.sites.map.norm_kind
-        final = Norm("final_norm.weight", kind == "rms_plus_one", kind == "layer")
-        if final.centred:
-            directions = directions - directions.mean(-1, keepdim=True)
-        size = directions.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-30)  # a zero vector decodes into nothing
-        normed = final.direction(directions / size, engine.weights.base(final.site).to(directions))
-        vocabulary = engine.sites.vocabulary
-        logits = normed.new_empty(len(normed), vocabulary)
-        for start in range(0, vocabulary, _ROWS):
-            rows = torch.arange(start, min(start + _ROWS, vocabulary))
-            part = engine.weights.base("lm_head.weight", Region("rows", rows))
-            torch.mm(normed, part.T, out=logits[:, start : start + len(rows)])
-        return logits
-
-
-def _computed(engine: TransformersEngine, layer: int, neurons: list[int]) -> Iterator[list[NeuronLabel]]:
-    """Labels of some neurons of one layer, in pieces that fit in memory."""
-    size = max(1, _LOGITS // engine.sites.vocabulary)
+def _computed(engine: TransformersEngine, layer: int, neurons: list[int]) -> Iterator[dict[Neuron, bytes]]:
+    """Labels of some neurons of one layer as they are kept, in pieces that fit in memory."""
+    size = rows_at_once(engine)
     for start in range(0, len(neurons), size):
         piece = neurons[start : start + size]
-        written = token_logits(engine, write_directions(engine, layer, piece))
-        promotes = _decoded(engine, written)
-        suppresses = _decoded(engine, written.neg_())
-        del written
-        reads = {
-            part: _decoded(engine, token_logits(engine, directions))
-            for part, directions in read_directions(engine, layer, piece).items()
-        }
-        yield [
-            NeuronLabel(
-                layer=layer,
-                neuron=neuron,
-                promotes=promotes[row],
-                suppresses=suppresses[row],
-                reads={part: decoded[row] for part, decoded in reads.items()},
-            )
-            for row, neuron in enumerate(piece)
-        ]
+        sides = [*decode_both(engine, write_directions(engine, layer, piece))]
+        sides += [decode(engine, each) for each in read_directions(engine, layer, piece).values()]
+        rows = np.empty((len(piece), len(sides)), PACKED)
+        for place, side in enumerate(sides):
+            short = TOP - side.ids.shape[1]  # a vocabulary of fewer tokens
+            rows[:, place]["ids"] = np.pad(side.ids.numpy(), ((0, 0), (0, short)), constant_values=-1)
+            rows[:, place]["probabilities"] = np.pad(side.probabilities.numpy(), ((0, 0), (0, short)))
+            rows[:, place]["entropy"] = side.entropies.numpy()
+        yield {(layer, neuron): row.tobytes() for neuron, row in zip(piece, rows, strict=True)}
 
 
-def _decoded(engine: TransformersEngine, logits: Tensor) -> list[Decoded]:
-    """The distribution of each row of (n, vocabulary)."""
-    logprobs = logits.log_softmax(-1)
-    values, tokens = logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
-    entropies = -(logprobs.exp() * logprobs).sum(-1)
-    decode = engine.format.tokenizer.decode
+def label_of(engine: TransformersEngine, neuron: Neuron, packed: bytes) -> NeuronLabel:
+    """A label as it is kept, with its tokens' texts."""
+    sides = np.frombuffer(packed, PACKED)
+    parts = [
+        _told(engine, Distributions(*(torch.from_numpy(side[name].copy()[None]) for name in PACKED.names or ())))[0]
+        for side in sides
+    ]
+    return NeuronLabel(
+        layer=neuron[0],
+        neuron=neuron[1],
+        promotes=parts[0],
+        suppresses=parts[1],
+        reads=dict(zip(read_parts(engine), parts[2:], strict=True)),
+    )
+
+
+def read_parts(engine: TransformersEngine) -> tuple[str, ...]:
+    """The matrices by which a neuron reads."""
+    return ("gate", "up") if engine.sites.gated else ("up",)
+
+
+def _told(engine: TransformersEngine, found: Distributions) -> list[Decoded]:
+    """Distributions with their tokens' texts."""
+    text = engine.format.tokenizer.decode
+    rows = zip(found.ids.tolist(), found.probabilities.tolist(), found.entropies.flatten().tolist(), strict=True)
     return [
         Decoded(
             top=tuple(
-                TokenGuess(id=token, text=str(decode([token])), probability=probability)
+                TokenGuess(id=token, text=str(text([token])), probability=probability)
                 for token, probability in zip(ids, probabilities, strict=True)
+                if token >= 0
             ),
             entropy=entropy,
         )
-        for ids, probabilities, entropy in zip(tokens.tolist(), values.exp().tolist(), entropies.tolist(), strict=True)
+        for ids, probabilities, entropy in rows
     ]
