@@ -274,11 +274,13 @@ def read_atlas(
     *,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
+    fast: bool = False,
 ) -> Atlas:
     """The labels of all neurons of some layers (None: all); what is not on disk yet is computed and kept there.
 
-    `cache_dir` and `progress` as in `label_neurons`. Raises UnknownSite for a layer that is not there, Unsupported for
-    a model with experts or with layers of different sizes.
+    `cache_dir` and `progress` as in `label_neurons`. `fast` rounds the product with the unembedding to 8 bits and looks
+    at the likeliest tokens again exactly; such labels are kept apart. Raises UnknownSite for a layer that is not there,
+    Unsupported for a model with experts.
     """
     require_dense(engine)
     chosen = tuple(range(engine.sites.layers) if layers is None else dict.fromkeys(layers))
@@ -290,16 +292,17 @@ def read_atlas(
         [(layer, neuron) for layer in chosen for neuron in range(count)],
         cache_dir=cache_dir,
         progress=progress,
+        fast=fast,
     )
     sides = 2 + len(read_parts(engine))
     rows = np.frombuffer(b"".join(kept.values()), PACKED).reshape(len(chosen), count, sides)
     return Atlas(engine, chosen, rows)
 
 
-def coverage(engine: TransformersEngine, cache_dir: Path | None = None) -> Coverage:
+def coverage(engine: TransformersEngine, cache_dir: Path | None = None, *, fast: bool = False) -> Coverage:
     """Which neurons are labelled already. Raises Unsupported for a model with experts."""
     require_dense(engine)
-    cache = _cache(engine, cache_dir)
+    cache = _cache(engine, cache_dir, fast)
     counts = cache.counts()
     layers = {layer: counts.get(layer, 0) for layer in range(engine.sites.layers)}
     return Coverage(model=engine.info.name, file=str(cache.path), layers=layers, neurons=engine.sites.neurons)
@@ -310,14 +313,14 @@ def merge(engine: TransformersEngine, files: Sequence[Path], cache_dir: Path | N
 
     Raises InvalidInput for a file that is not there or holds another model's labels.
     """
-    cache = _cache(engine, cache_dir)
+    caches = {cache.path.name: cache for cache in (_cache(engine, cache_dir, fast) for fast in (False, True))}
     for file in files:
-        if file.name != cache.path.name:
+        if file.name not in caches:
             raise InvalidInput(
                 f"{file} does not hold labels of {engine.info.name}.",
-                hint=f"The file of this model is called {cache.path.name} on every machine.",
+                hint=f"The file of this model is called {min(caches)} or {max(caches)} on every machine.",
             )
-    return sum(cache.absorb(file) for file in files)
+    return sum(caches[file.name].absorb(file) for file in files)
 
 
 def layer_range(text: str) -> tuple[int, ...]:
@@ -328,5 +331,5 @@ def layer_range(text: str) -> tuple[int, ...]:
     return tuple(range(int(found[1]), int(found[2] or found[1]) + 1))
 
 
-def _cache(engine: TransformersEngine, cache_dir: Path | None) -> LabelCache:
-    return LabelCache(cache_dir or engine.loaded.source.cache_dir, engine.info.hash)
+def _cache(engine: TransformersEngine, cache_dir: Path | None, fast: bool) -> LabelCache:
+    return LabelCache(cache_dir or engine.loaded.source.cache_dir, engine.info.hash, fast=fast)

@@ -29,9 +29,9 @@ _T = TypeVar("_T")
 class LabelCache:
     """The labels of one model that were computed before."""
 
-    def __init__(self, cache_dir: Path, model_hash: str) -> None:
-        """Nothing is opened or made before the first use."""
-        self.path = cache_dir / "neuron_labels" / f"{model_hash}-{FORMAT}.sqlite"
+    def __init__(self, cache_dir: Path, model_hash: str, *, fast: bool = False) -> None:
+        """Nothing is opened or made before the first use. `fast` labels have a file of their own."""
+        self.path = cache_dir / "neuron_labels" / f"{model_hash}-{FORMAT}{'-fast' if fast else ''}.sqlite"
 
     def get(self, neurons: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
         """The kept labels among `neurons`, by (layer, neuron). Raises as `put` does."""

@@ -20,7 +20,7 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.sites import Region
 from liveweight.tracing.capture import Neuron, require_dense
 from liveweight.tracing.label_cache import LabelCache
-from liveweight.tracing.unembedding import TOP, Distributions, decode, decode_both, rows_at_once
+from liveweight.tracing.unembedding import TOP, Coarse, Distributions, Exact, decode, decode_both, rows_at_once
 
 PACKED = np.dtype([("ids", "<i4", (TOP,)), ("probabilities", "<f4", (TOP,)), ("entropy", "<f4")])
 """One side of a label as it is kept: `promotes`, `suppresses`, then what it reads, one after the other."""
@@ -105,13 +105,17 @@ def packed_labels(
     *,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
+    fast: bool = False,
 ) -> dict[Neuron, bytes]:
-    """As `label_neurons`, each label as it is kept: its sides' `PACKED`, without texts."""
+    """As `label_neurons`, each label as it is kept: its sides' `PACKED`, without texts.
+
+    `fast` ones come from a coarse product, see `unembedding.Coarse`, and are kept apart.
+    """
     require_dense(engine)
     wanted = list(dict.fromkeys(neurons))
     for layer, neuron in wanted:
         engine.sites.check_neurons(layer, (neuron,))
-    cache = LabelCache(cache_dir or engine.loaded.source.cache_dir, engine.info.hash)
+    cache = LabelCache(cache_dir or engine.loaded.source.cache_dir, engine.info.hash, fast=fast)
     found = cache.get(wanted)
     missing: dict[int, list[int]] = {}
     for layer, neuron in wanted:
@@ -119,8 +123,9 @@ def packed_labels(
             missing.setdefault(layer, []).append(neuron)
     if progress is not None:
         progress(len(found), len(wanted))
+    by = Coarse(engine) if fast and missing else Exact(engine)
     for layer, places in missing.items():
-        for part in _computed(engine, layer, places):
+        for part in _computed(engine, by, layer, places):
             # Kept piece by piece, so that a whole layer cut short goes on from where it was.
             cache.put(part)
             found |= part
@@ -160,13 +165,13 @@ def decode_directions(engine: TransformersEngine, directions: Tensor) -> list[De
     return _told(engine, decode(engine, directions))
 
 
-def _computed(engine: TransformersEngine, layer: int, neurons: list[int]) -> Iterator[dict[Neuron, bytes]]:
+def _computed(engine: TransformersEngine, by: Exact, layer: int, neurons: list[int]) -> Iterator[dict[Neuron, bytes]]:
     """Labels of some neurons of one layer as they are kept, in pieces that fit in memory."""
     size = rows_at_once(engine)
     for start in range(0, len(neurons), size):
         piece = neurons[start : start + size]
-        sides = [*decode_both(engine, write_directions(engine, layer, piece))]
-        sides += [decode(engine, each) for each in read_directions(engine, layer, piece).values()]
+        sides = [*decode_both(engine, write_directions(engine, layer, piece), by)]
+        sides += [decode(engine, each, by) for each in read_directions(engine, layer, piece).values()]
         rows = np.empty((len(piece), len(sides)), PACKED)
         for place, side in enumerate(sides):
             short = TOP - side.ids.shape[1]  # a vocabulary of fewer tokens
