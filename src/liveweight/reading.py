@@ -59,7 +59,7 @@ class Reading:
     ) -> Atlas:
         """The labels of all neurons, or of some layers', to search and compare; made once a model, then on disk.
 
-        `fast` is for large models: several times as fast, probabilities off by a hundredth or so.
+        `fast` is for large models: see `unembedding.Coarse`.
         """
         return read_atlas(self.engine, layers, cache_dir=self.settings.cache_dir, progress=progress, fast=fast)
 

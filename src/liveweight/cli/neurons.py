@@ -35,7 +35,8 @@ def neurons(
     ] = None,
     compare: Annotated[str | None, typer.Option(help="Another model: how many neurons keep their top token.")] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Several times as fast, probabilities a hundredth off; kept apart.")
+        bool,
+        typer.Option("--fast", help="For large models: a rounded product, the likeliest tokens exactly; kept apart."),
     ] = False,
     picture: Annotated[Path | None, typer.Option(help="With --compare: draw it, PATH.html and PATH.png.")] = None,
 ) -> None:

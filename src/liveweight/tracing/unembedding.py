@@ -9,8 +9,7 @@ taken (Milakov and Gimelshein 2018) and the largest logit of each small group of
 looked for in the few groups that can hold them. Logits are in bits, so that exponentials are powers of two.
 
 A `Coarse` unembedding makes the product in whole numbers of 8 bits, several times as fast, and looks at the likeliest
-tokens again exactly. The rounding of both factors, row by row, moves a logit by about a hundredth of the deviation of
-all, so the first tokens come out as they would (measured in docs/benchmarks.md); entropies are off in the third digit.
+tokens again exactly. What the rounding of both factors does to the others is measured in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ TOP = 8  # tokens of a distribution
 _LOGITS = 64 * 1024 * 1024  # the most in memory at once, in numbers
 _BLOCK = 4096  # tokens whose logits are made at once
 _GROUP = 64  # tokens of which the largest logit is kept; divides _BLOCK
-_AGAIN = 4  # times TOP: the tokens that are looked at again behind a coarse product
+_AGAIN = 8  # times TOP: the tokens that are looked at again behind a coarse product
 
 
 class Distributions(NamedTuple):
@@ -188,8 +187,12 @@ class _Sums:
         found = (-found if opposite else found).masked_fill(ids >= vocabulary, -math.inf)
         values, places = found.topk(some, dim=1)
         ids = ids.gather(1, places)
-        values, places = by.settled(vectors, ids, values).topk(top, dim=1)
-        total = self._highest + self._sum.log2()  # log2 Σ 2^l
-        entropies = (total - self._moment / self._sum) * math.log(2)
+        settled = by.settled(vectors, ids, values)
+        old, new = (torch.exp2(each - self._highest[:, None]) for each in (values, settled))
+        summed = self._sum + (new - old).sum(1)  # what a coarse product had wrong among the likeliest
+        moment = self._moment + (new * settled - old * values).sum(1)
+        values, places = settled.topk(top, dim=1)
+        total = self._highest + summed.log2()  # log2 Σ 2^l
+        entropies = (total - moment / summed) * math.log(2)
         probabilities = torch.exp2(values - total[:, None])
         return Distributions(ids.gather(1, places).cpu(), probabilities.cpu(), entropies.cpu())
