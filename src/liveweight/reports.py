@@ -1,7 +1,7 @@
 """What the loop hands back: replies, changes, and the report of a change.
 
-Owns these values, their form as JSON and as plain text. Knows nothing of how they came to be, nor of colours and
-tables: the CLI and the page draw them.
+Owns these values, their form as JSON, as plain text and on a terminal or in a notebook. Knows nothing of how they came
+to be.
 """
 
 from __future__ import annotations
@@ -11,15 +11,23 @@ from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 
 from liveweight import ledger
 from liveweight.engines.base import Message
 from liveweight.guard import GuardReport
 from liveweight.ledger import Turn
+from liveweight.shown import Shown, grid, short
 
 State = Literal["active", "off", "undone", "refused", "failed", "intended", "preview", "protected"]
 Kind = Literal["fix", "bad", "good"]
 Verb = Literal["fix", "bad", "good", "apply", "learn"]  # what a change came from: a judgement, an adjustment, many
+
+
+_STATES = {"active": "green", "off": "yellow", "undone": "dim", "refused": "red", "failed": "red", "preview": "cyan"}
 
 
 class _Value(BaseModel):
@@ -98,7 +106,7 @@ class WeightsMoved(_Value):
     survived: float  # share of the intended entries that are still different once rounded to the model's dtype
 
 
-class Report(_Value):
+class Report(_Value, Shown):
     """Everything measured of one change: before and after, neurons, guard, cost.
 
     Where no reply was judged, `question` is what was asked to see the difference.
@@ -126,6 +134,42 @@ class Report(_Value):
     version_before: str = ""
     version_after: str = ""
     seconds: Mapping[str, float] = Field(default_factory=dict)  # by phase
+
+    def __rich__(self) -> RenderableType:
+        """Before and after, what was moved, the guard, the cost."""
+        rows: list[tuple[str, RenderableType]] = [("question", Text(self.question))]
+        if self.wanted is not None:
+            rows.append(("wanted", Text(self.wanted)))
+        if self.reason:
+            rows.append(("reason", Text(self.reason)))
+        rows.append(("before", Text(self.before, style="red" if self.verdict in ("fix", "bad") else "")))
+        rows.append(("after", Text(self.after, style="green")))
+        rows.append(("method", Text(f"{self.method}. {self.note}" if self.method else self.note)))
+        if self.weights is not None:
+            moved = self.weights
+            sites = ", ".join(moved.sites) or "no site"
+            survived = f"{moved.survived:.1%} of the change survived rounding"
+            told = f"{moved.entries:,} changed ({moved.share:.3%}), {survived}"
+            rows.append(("weights", Text(f"{told}: {sites}")))
+        if self.neurons:
+            named = Text()
+            for each in self.neurons[:5]:
+                named.append(f"L{each.layer}/{each.neuron}", style="bold")
+                named.append(f" {each.effect:+.2f}  {each.label}\n")
+            named.rstrip()
+            rows.append(("neurons", named))
+        if self.guard is not None:
+            rows.append(("guard", _guard_view(self.guard)))
+        for name, others in (("replaces", self.replaced), ("beside", self.kept)):
+            rows += [(name, Text(f"{old.change}: {old.question} → {old.wanted or 'not that'}")) for old in others]
+        if self.released:
+            rows.append(("released", Text(f"{', '.join(self.released)}: no longer protected")))
+        tried = [attempt for attempt in self.tried if attempt.outcome != "chosen"]
+        for attempt in tried:
+            rows.append(("tried", Text(f"{attempt.method}: {attempt.why}", style="dim")))
+        spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
+        rows.append(("seconds", Text(f"{self.total_seconds:.1f} ({spent})")))
+        return grid(rows)
 
     @property
     def total_seconds(self) -> float:
@@ -161,7 +205,7 @@ class Report(_Value):
         return "\n".join(self.lines())
 
 
-class Change(_Value):
+class Change(_Value, Shown):
     """One judgement, or one adjustment that was given, and what it did to the model.
 
     A preview, and a good answer that only got protected, have no id.
@@ -191,6 +235,21 @@ class Change(_Value):
 
     def __str__(self) -> str:
         return f"{self.label} {self.state} at {self.strength:g}: {self.name}"
+
+    def state_text(self) -> Text:
+        """Its state in its colour."""
+        return Text(self.state, style=_STATES.get(self.state, ""))
+
+    def __rich__(self) -> RenderableType:
+        """The change with its whole report."""
+        title = Text.assemble((self.label, "bold"), " ", self.state_text())
+        if self.strength != 1.0:
+            title.append(f" at strength {self.strength:g}")
+        if self.forced:
+            title.append(" (forced)", style="yellow")
+        body = Text(self.name) if self.report is None else self.report
+        subtitle = Text(f"undo with: liveweight undo {self.label}", "dim") if self.state == "active" else None
+        return Panel(body, title=title, title_align="left", subtitle=subtitle, subtitle_align="right")
 
     def as_dict(self) -> dict[str, Any]:
         """As `--json` prints it."""
@@ -231,3 +290,27 @@ def guard_line(guard: GuardReport) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _guard_view(guard: GuardReport) -> RenderableType:
+    """The guard's figures against their budget."""
+    verdict = Text("within budget", style="green") if guard.passed else Text("over budget", style="bold red")
+    verdict.append(f", {guard.items} probes and {guard.protected} protected answers", style="not bold default")
+    shown = Table.grid(padding=(0, 1))
+    for name, found in (
+        ("mean_kl", f"{guard.mean_kl:.5f}"),
+        ("p95_kl", f"{guard.p95_kl:.5f}"),
+        ("worst_kl", f"{guard.worst_kl:.4f}"),
+        ("changed_share", f"{guard.changed_share:.2%}"),
+        ("perplexity_ratio", f"{guard.perplexity_ratio:.5f}"),
+    ):
+        limit = guard.budget.get(name)
+        budget = "" if limit is None else f"of {limit:.0%}" if name == "changed_share" else f"of {limit:g}"
+        value = getattr(guard, name)
+        style = "red" if limit is not None and value > limit else ""
+        shown.add_row(Text(name.replace("_", " ").replace("kl", "KL")), Text(found, style=style), Text(budget, "dim"))
+    parts: list[RenderableType] = [verdict, shown]
+    for answer in (*guard.protected_changed, *guard.changed)[:3]:
+        moved = f"{short(answer.before, 30)} → {short(answer.after, 30)}"
+        parts.append(Text(f"{short(answer.text, 40)}: {moved}", "dim"))
+    return Group(*parts)

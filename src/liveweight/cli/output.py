@@ -1,6 +1,6 @@
 """What is shown: results on stdout, progress and errors on stderr, as text for people or JSON for programs.
 
-Owns consoles, bars and the views of changes, made for 80 columns. Knows nothing of how results come about.
+Owns consoles, bars and lists; a result itself says how it looks. Knows nothing of how results come about.
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
-from liveweight.shown import grid, short, table
+from liveweight.shown import short, table
 
 if TYPE_CHECKING:
     from liveweight.errors import LiveweightError
-    from liveweight.reports import Change, Report
-
-
-_STATES = {"active": "green", "off": "yellow", "undone": "dim", "refused": "red", "failed": "red", "preview": "cyan"}
+    from liveweight.reports import Change
 
 
 def out() -> Console:
@@ -80,86 +75,12 @@ def print_error(error: LiveweightError, *, as_json: bool) -> None:
         console.print(Text(error.hint))
 
 
-def state_text(change: Change) -> Text:
-    """A change's state in its colour."""
-    return Text(change.state, style=_STATES.get(change.state, ""))
-
-
 def print_change(change: Change, *, as_json: bool) -> None:
     """A change with its whole report."""
     if as_json:
         print_json(change.as_dict())
         return
-    title = Text.assemble((change.label, "bold"), " ", state_text(change))
-    if change.strength != 1.0:
-        title.append(f" at strength {change.strength:g}")
-    if change.forced:
-        title.append(" (forced)", style="yellow")
-    body = report_view(change.report) if change.report is not None else Text(change.name)
-    subtitle = Text(f"undo with: liveweight undo {change.label}", "dim") if change.state == "active" else None
-    out().print(Panel(body, title=title, title_align="left", subtitle=subtitle, subtitle_align="right"))
-
-
-def report_view(report: Report) -> RenderableType:
-    """Before and after, what was moved, the guard, the cost."""
-    rows: list[tuple[str, RenderableType]] = [("question", Text(report.question))]
-    if report.wanted is not None:
-        rows.append(("wanted", Text(report.wanted)))
-    if report.reason:
-        rows.append(("reason", Text(report.reason)))
-    rows.append(("before", Text(report.before, style="red" if report.verdict in ("fix", "bad") else "")))
-    rows.append(("after", Text(report.after, style="green")))
-    rows.append(("method", Text(f"{report.method}. {report.note}" if report.method else report.note)))
-    if report.weights is not None:
-        moved = report.weights
-        sites = ", ".join(moved.sites) or "no site"
-        told = f"{moved.entries:,} changed ({moved.share:.3%}), {moved.survived:.1%} of the change survived rounding"
-        rows.append(("weights", Text(f"{told}: {sites}")))
-    if report.neurons:
-        named = Text()
-        for each in report.neurons[:5]:
-            named.append(f"L{each.layer}/{each.neuron}", style="bold")
-            named.append(f" {each.effect:+.2f}  {each.label}\n")
-        named.rstrip()
-        rows.append(("neurons", named))
-    if report.guard is not None:
-        rows.append(("guard", guard_view(report)))
-    for name, others in (("replaces", report.replaced), ("beside", report.kept)):
-        rows += [(name, Text(f"{old.change}: {old.question} → {old.wanted or 'not that'}")) for old in others]
-    if report.released:
-        rows.append(("released", Text(f"{', '.join(report.released)}: no longer protected")))
-    tried = [attempt for attempt in report.tried if attempt.outcome != "chosen"]
-    for attempt in tried:
-        rows.append(("tried", Text(f"{attempt.method}: {attempt.why}", style="dim")))
-    spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
-    rows.append(("seconds", Text(f"{report.total_seconds:.1f} ({spent})")))
-    return grid(rows)
-
-
-def guard_view(report: Report) -> RenderableType:
-    """The guard's figures against their budget."""
-    guard = report.guard
-    assert guard is not None
-    verdict = Text("within budget", style="green") if guard.passed else Text("over budget", style="bold red")
-    verdict.append(f", {guard.items} probes and {guard.protected} protected answers", style="not bold default")
-    shown = Table.grid(padding=(0, 1))
-    for name, found in (
-        ("mean_kl", f"{guard.mean_kl:.5f}"),
-        ("p95_kl", f"{guard.p95_kl:.5f}"),
-        ("worst_kl", f"{guard.worst_kl:.4f}"),
-        ("changed_share", f"{guard.changed_share:.2%}"),
-        ("perplexity_ratio", f"{guard.perplexity_ratio:.5f}"),
-    ):
-        limit = guard.budget.get(name)
-        budget = "" if limit is None else f"of {limit:.0%}" if name == "changed_share" else f"of {limit:g}"
-        value = getattr(guard, name)
-        style = "red" if limit is not None and value > limit else ""
-        shown.add_row(Text(name.replace("_", " ").replace("kl", "KL")), Text(found, style=style), Text(budget, "dim"))
-    parts: list[RenderableType] = [verdict, shown]
-    for answer in (*guard.protected_changed, *guard.changed)[:3]:
-        moved = f"{short(answer.before, 30)} → {short(answer.after, 30)}"
-        parts.append(Text(f"{short(answer.text, 40)}: {moved}", "dim"))
-    return Group(*parts)
+    out().print(change)
 
 
 def changes_view(changes: Sequence[Change]) -> RenderableType:
@@ -169,7 +90,7 @@ def changes_view(changes: Sequence[Change]) -> RenderableType:
     shown = table("id", "state", "strength>", "method", "question", "wanted")
     for change in changes:
         wanted = change.wanted or {"bad": "(not that)", "good": "(keep)"}.get(change.verdict, "")
-        state = state_text(change)
+        state = change.state_text()
         if change.replaced_by:
             state.append(f" by {change.replaced_by}", style="dim")
         shown.add_row(

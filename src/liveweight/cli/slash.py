@@ -161,5 +161,5 @@ def _shown(change: Change) -> None:
 
 
 def _line(change: Change) -> None:
-    said = Text.assemble((change.label, "bold"), " ", output.state_text(change))
+    said = Text.assemble((change.label, "bold"), " ", change.state_text())
     output.out().print(said.append(f" at strength {change.strength:g}: {change.question}"))

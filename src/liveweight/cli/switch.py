@@ -67,6 +67,6 @@ def _told(options: Options, live: LiveModel, change: Change) -> None:
     if options.json:
         output.print_json({**change.as_dict(), "version": str(live.engine.version)})
         return
-    said = Text.assemble((change.label, "bold"), " ", output.state_text(change))
+    said = Text.assemble((change.label, "bold"), " ", change.state_text())
     said.append(f" at strength {change.strength:g}: {change.question}")
     output.out().print(said)
