@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
@@ -19,10 +19,24 @@ from rich.text import Text
 from liveweight.shown import grid, short, table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from plotly.graph_objects import Figure
+
+    from liveweight.cli.options import Options
     from liveweight.errors import LiveweightError
     from liveweight.reports import Change, Report
 
+_SITES = 8  # that a report names
 _STATES = {"active": "green", "off": "yellow", "undone": "dim", "refused": "red", "failed": "red", "preview": "cyan"}
+
+
+class Drawn(Protocol):
+    """A result that has a picture."""
+
+    def picture(self) -> Figure:
+        """What is drawn."""
+        ...
 
 
 def out() -> Console:
@@ -46,6 +60,19 @@ def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
     sys.stdout.flush()
+
+
+def draw(result: Drawn, path: Path | None, shown: dict[str, Any], options: Options) -> None:
+    """Write a result's picture where `path` is given; with --json print `shown`, with the files among it."""
+    if path is not None:
+        from liveweight import pictures
+
+        written = pictures.save(result.picture(), path)
+        shown["pictures"] = [str(each) for each in written]
+        if not options.json:
+            say(f"drawn: {', '.join(map(str, written))}")
+    if options.json:
+        print_json(shown)
 
 
 def say(sentence: str) -> None:
@@ -96,7 +123,9 @@ def report_view(report: Report) -> RenderableType:
     rows.append(("method", Text(f"{report.method}. {report.note}" if report.method else report.note)))
     if report.weights is not None:
         moved = report.weights
-        sites = ", ".join(moved.sites) or "no site"
+        sites = ", ".join(moved.sites[:_SITES]) or "no site"
+        if len(moved.sites) > _SITES:
+            sites += f" and {len(moved.sites) - _SITES} more"
         told = f"{moved.entries:,} changed ({moved.share:.3%}), {moved.survived:.1%} of the change survived rounding"
         rows.append(("weights", Text(f"{told}: {sites}")))
     if report.neurons:

@@ -73,8 +73,8 @@ def spare(adjustment: Adjustment, super_weights: SuperWeights) -> Adjustment:
     """The same adjustment, with the super neurons left out of it; the super weights keep every bit.
 
     Neurons are dropped from lists, and the columns of changes to down weights are made zero. The rest of a low-rank
-    change is as it was, so one that relied on a super neuron's column does a little less. Of a quantisation only the super
-    weights themselves are held out. An adjustment that does nothing to super neurons comes back equal.
+    change is as it was, so one that relied on a super neuron's column does a little less. Of a quantisation only the
+    super weights themselves are held out. An adjustment that does nothing to super neurons comes back equal.
     """
     ops: list[Op] = []
     for op in adjustment.ops:
