@@ -26,8 +26,7 @@ from liveweight.tracing.plain_text import counted, perplexity, text_of, windows_
 from liveweight.tracing.quantization import Scheme, block_of, quantized
 
 BITS = (8, 4, 3)
-BLOCKS = ("1x64", "64", "128", "256", "512", "100000")  # the last one is a whole matrix
-CLIPS = (None, 5.0)  # standard deviations
+BLOCKS = ("1x64", "64", "256", "100000")  # the last one is a whole matrix
 
 
 def main() -> None:

@@ -118,11 +118,11 @@ def _by_percentile(blocks: Tensor, middle: float) -> tuple[Tensor, Tensor]:
 def _sums(blocks: Tensor) -> Tensor:
     """The sum (blocks, 1) of each row, in an order that does not depend on threads."""
     found = _wide(blocks)
-    while found.shape[1] > 1:
+    while found.shape[1] > _PIECE:
         pieces = -(-found.shape[1] // _PIECE)
         found = torch.nn.functional.pad(found, (0, pieces * _PIECE - found.shape[1]))
         found = found.view(len(found), pieces, _PIECE).sum(2)
-    return found
+    return found.sum(1, keepdim=True)
 
 
 def _wide(blocks: Tensor) -> Tensor:

@@ -161,13 +161,15 @@ def massive(
         f"layers.{layer}.mlp.neurons" for layer in range(engine.sites.layers) if engine.sites.experts_of(layer)
     )
     seen = {site: _Seen(site, engine.sites.activation(site).size) for site in names}
-    with engine.gate.step():  # all windows under one state
-        for number, ids in enumerate(windows):
-            if progress is not None:
-                progress(number, len(windows))
-            for site, values in engine.trace(ids, names).values.items():
-                seen[site].add(number, values)
-        version = str(engine.version)
+    with engine.gate.step():
+        state, version = engine.state, str(engine.version)
+    for number, ids in enumerate(windows):
+        if progress is not None:
+            progress(number, len(windows))
+        with engine.preview(state):  # all windows under one state, and a running chat waits for one of them only
+            values = engine.trace(ids, names).values
+        for site in names:
+            seen[site].add(number, values[site])
     if progress is not None:
         progress(len(windows), len(windows))
     return Massive(

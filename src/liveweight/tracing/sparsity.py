@@ -171,14 +171,12 @@ def sparsity(
         if progress is not None:
             progress(min(done, trials), trials)
 
-    with runs.begun():
-        limit = 1 + percent / 100
-        alone = [_alone(runs, layer, limit, tick) for layer in range(engine.sites.layers)] if layers else []
-        rules = [_by_rule(runs, rule, limit, tick) for rule in RULES]
-        version = str(engine.version)
+    limit = 1 + percent / 100
+    alone = [_alone(runs, layer, limit, tick) for layer in range(engine.sites.layers)] if layers else []
+    rules = [_by_rule(runs, rule, limit, tick) for rule in RULES]
     return Sparsity(
         model=engine.info.name,
-        version=version,
+        version=runs.version,
         percent=percent,
         tokens=counted(runs.windows),
         perplexity=math.exp(runs.before),
@@ -188,38 +186,46 @@ def sparsity(
 
 
 class _Runs:
-    """The text, run again and again with some activations at zero."""
+    """The text, run again and again with some activations at zero, under the state that there was at first."""
 
     def __init__(self, engine: TransformersEngine, windows: Sequence[ScoreItem]) -> None:
         self.engine, self.windows = engine, windows
         self.rows = [[*window.prompt, *window.continuation] for window in windows]
-        self.before = math.nan  # nats a token, as it is
-        self.quantiles: list[Tensor] = []  # a layer: |a| at the shares 0, 1/128, … 1, (129,)
+        with engine.gate.step():
+            self._state, self.version = engine.state, str(engine.version)
+        self._prompts = packed_prompts(packed_paths(engine.model, self.rows), [len(row) for row in self.rows])
         self._inputs: dict[int, list[Tensor]] = {}  # block -> what it was given, a row: (T, width)
         self.zero: dict[int, tuple[int, int]] = {}  # layer -> how many were zero in the last run, of how many
+        self.before, self.quantiles = self._as_it_is()
+        """Nats a token as it is, and a layer |a| at the shares 0, 1/128, … 1: (129,)."""
 
     @contextmanager
-    def begun(self) -> Iterator[None]:
-        """Hold the model for all runs, since what was kept of the first holds for its state only."""
-        engine = self.engine
-        prompts = packed_prompts(packed_paths(engine.model, self.rows), [len(row) for row in self.rows])
-        with engine.gate.step(), engine.activations.prompt(prompts), torch.inference_mode(), ExitStack() as undo:
-            seen: dict[int, Tensor] = {}
-            for layer in range(engine.sites.layers):
-                point = engine.sites.activation(f"layers.{layer}.mlp.neurons")
-                handle = point.on(lambda value, layer=layer: seen.__setitem__(layer, value.abs()))  # type: ignore[misc]
-                undo.callback(handle.remove)
-            self.before = self._nats(run_whole(engine.model, engine.sites, self.rows)[0])
-            undo.pop_all().close()
-            self.quantiles = [_quantiles(seen.pop(layer)) for layer in range(engine.sites.layers)]
+    def _held(self) -> Iterator[None]:
+        """Hold the model for one run, so that a running chat waits for no more than that."""
+        with (
+            self.engine.preview(self._state),
+            self.engine.activations.prompt(self._prompts),
+            torch.inference_mode(),
+        ):
             yield
+
+    def _as_it_is(self) -> tuple[float, list[Tensor]]:
+        model, sites = self.engine.model, self.engine.sites
+        seen: dict[int, Tensor] = {}
+        with self._held(), ExitStack() as hooks:
+            for layer in range(sites.layers):
+                point = sites.activation(f"layers.{layer}.mlp.neurons")
+                handle = point.on(lambda value, layer=layer: seen.__setitem__(layer, value.abs()))  # type: ignore[misc]
+                hooks.callback(handle.remove)
+            nats = self._nats(run_whole(model, sites, self.rows)[0])
+        return nats, [_quantiles(seen.pop(layer)) for layer in range(sites.layers)]
 
     def ratio(self, cuts: dict[int, Cut]) -> float:
         """The perplexity over that of the model as it is, with each layer's activations cut."""
         self.zero = {}
         first = min(cuts)
         model, sites = self.engine.model, self.engine.sites
-        with ExitStack() as hooks:
+        with self._held(), ExitStack() as hooks:
             for layer, cut in cuts.items():
                 point = sites.activation(f"layers.{layer}.mlp.neurons")
                 handle = point.on(lambda value, layer=layer, cut=cut: self._cut(layer, cut, value))  # type: ignore[misc]
@@ -228,17 +234,19 @@ class _Runs:
                 finals, _ = run_whole(model, sites, self.rows, layer=first, inputs=self._inputs[first])
             else:
                 finals, _ = run_whole(model, sites, self.rows)
-        rise = self._nats(finals) - self.before
+            rise = self._nats(finals) - self.before
         return math.exp(min(rise, 700.0))
 
     def from_layer(self, layer: int) -> None:
         """Keep what the block `layer` is given, and forget it of the others; the first is always run from tokens."""
         model, sites = self.engine.model, self.engine.sites
-        if layer == 1:
-            self._inputs = {1: run_whole(model, sites, self.rows, keep=1)[1]}
-        elif layer > 1:
-            before = self._inputs[layer - 1]
-            self._inputs = {layer: run_whole(model, sites, self.rows, layer=layer - 1, inputs=before, until=layer)[0]}
+        with self._held():
+            if layer == 1:
+                self._inputs = {1: run_whole(model, sites, self.rows, keep=1)[1]}
+            elif layer > 1:
+                before = self._inputs[layer - 1]
+                kept, _ = run_whole(model, sites, self.rows, layer=layer - 1, inputs=before, until=layer)
+                self._inputs = {layer: kept}
 
     def _cut(self, layer: int, cut: Cut, values: Tensor) -> Tensor:
         stays = cut(values)
