@@ -53,6 +53,10 @@ def quantize(
         raise typer.BadParameter(
             "Give --activations and --keep-super-weights, too.", param_hint="--keep-super-activations"
         )
+    if export is not None:
+        from liveweight.engines.export import empty_folder
+
+        empty_folder(export)  # before anything that takes long
     with session.opened(options) as live:
         from liveweight.tracing.plain_text import text_of
 

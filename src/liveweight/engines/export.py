@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from liveweight.adjustments import State, effective
 from liveweight.engines.gguf_cache import disk_full_is_said
@@ -19,15 +22,21 @@ from liveweight.errors import InvalidInput, Unsupported
 from liveweight.sites.spare_neurons import without_spare_neurons
 
 
+def empty_folder(folder: Path | str) -> Path:
+    """The absolute path of a folder that is empty or does not exist. Raises InvalidInput for any other."""
+    target = Path(folder).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InvalidInput(f"{target} is not empty.", hint="Give a folder that is empty or does not exist yet.")
+    return target
+
+
 def export(engine: TransformersEngine, folder: Path | str, state: State | None = None) -> Path:
     """Write the model in `state` (None: the present one) to `folder`, which must be empty or not exist; its path.
 
     Raises InvalidInput where the folder holds something, Unsupported where the state acts while the model runs or holds
     new neurons, which no plain checkpoint can say, and NoSpace.
     """
-    target = Path(folder).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InvalidInput(f"{target} is not empty.", hint="Give a folder that is empty or does not exist yet.")
+    target = empty_folder(folder)
     wished = engine.state if state is None else state
     for active in effective(wished):
         if active.adjustment.activation_ops:
@@ -47,7 +56,8 @@ def export(engine: TransformersEngine, folder: Path | str, state: State | None =
         try:
             with engine.preview(wished), torch.no_grad():
                 tensors = without_spare_neurons(engine.sites)
-                engine.model.save_pretrained(made, state_dict=tensors)
+                with _no_bars():
+                    engine.model.save_pretrained(made, state_dict=tensors)
             engine.format.tokenizer.save_pretrained(made)
             made.chmod(0o755)  # a temporary folder is for its maker alone
             made.replace(target)  # an empty folder in its place is taken over
@@ -55,3 +65,15 @@ def export(engine: TransformersEngine, folder: Path | str, state: State | None =
             shutil.rmtree(made, ignore_errors=True)
             raise
     return target
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars: stderr may be for a program."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
