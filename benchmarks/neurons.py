@@ -39,7 +39,7 @@ from liveweight.errors import LiveweightError
 from liveweight.tracing.atlas import Atlas, read_atlas
 from liveweight.tracing.clamping import adjustment
 from liveweight.tracing.neuron_labels import packed_labels, read_directions, write_directions
-from liveweight.tracing.texts import plain_text
+from liveweight.tracing.plain_text import plain_text
 from liveweight.tracing.unembedding import Coarse, decode, rows_at_once
 
 PARTS = ("atlas", "large", "clamp")

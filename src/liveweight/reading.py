@@ -7,16 +7,26 @@ way from a reply to its tokens. Knows nothing of how anything is computed: each 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from liveweight.adjustments import Active
+from liveweight.adjustments.rounding import Clip
 from liveweight.engines.base import Message
+from liveweight.engines.export import export
 from liveweight.errors import InvalidInput
 from liveweight.tracing import Neuron, SuperWeights, WhyReport, find_super_weights, why
 from liveweight.tracing.atlas import Atlas, How, NeuronHits, Side, read_atlas
 from liveweight.tracing.clamping import Clamped, clamp, parse_clamps, parse_neuron
 from liveweight.tracing.clamping import adjustment as clamping
+from liveweight.tracing.massive import Massive, massive
 from liveweight.tracing.neuron_page import TOKENS, NeuronPage, neuron_page
-from liveweight.tracing.texts import plain_text
+from liveweight.tracing.plain_text import plain_text
+from liveweight.tracing.quantization import Quantization, Scheme, block_of, quantization
+from liveweight.tracing.sparsity import Sparsity, sparsity
+from liveweight.tracing.super_report import Progress as NamedProgress
+from liveweight.tracing.super_report import SuperWeightReport, super_weight_report
+from liveweight.tracing.zero_shot import read_tasks
 
 if TYPE_CHECKING:
     from liveweight.adjustments import Adjustment
@@ -119,3 +129,86 @@ class Reading:
     def super_weights(self, progress: Progress | None = None) -> SuperWeights:
         """The few weights that no change may touch; found once a model, then read from the cache."""
         return find_super_weights(self.engine, self.settings.cache_dir, progress)
+
+    def super_weight_report(
+        self,
+        *,
+        number: int = 0,
+        data: Path | None = None,
+        samples: int = 100,
+        text: str | None = None,
+        tokens: int = 1280,
+        progress: NamedProgress | None = None,
+    ) -> SuperWeightReport:
+        """One confirmed super weight's story, the most damaging being 0: its spike, and the model without it.
+
+        `data` is a folder with `mmlu.json`, `sst2.json` or `cola.json`, of each of which `samples` are asked; left out,
+        no accuracy is measured. Always of the base. Raises Unsupported where none is confirmed.
+        """
+        return super_weight_report(
+            self.engine,
+            number=number,
+            tasks=() if data is None else read_tasks(data, samples),
+            text=text,
+            tokens=tokens,
+            cache_dir=self.settings.cache_dir,
+            progress=progress,
+        )
+
+    def massive(
+        self, text: str, *, chat: bool = False, tokens: int = 1280, progress: Progress | None = None
+    ) -> Massive:
+        """Which activations are thousands of times larger than the others on a text (or question), and where."""
+        return massive(self.engine, text, chat=chat, tokens=tokens, progress=progress)
+
+    def sparsity(
+        self,
+        text: str | None = None,
+        *,
+        percent: float = 1.0,
+        tokens: int = 512,
+        layers: bool = True,
+        progress: Progress | None = None,
+    ) -> Sparsity:
+        """The share of neurons' activations that can be zero until perplexity rises by `percent`, on a text."""
+        return sparsity(self.engine, text, percent=percent, tokens=tokens, layers=layers, progress=progress)
+
+    def quantization(
+        self,
+        bits: int = 4,
+        block: str | int | tuple[int, int] = 64,
+        *,
+        clip: Clip = "none",
+        clip_at: float = 0.0,
+        activations: int | None = None,
+        embeddings: bool = False,
+        keep_super_weights: bool = True,
+        keep_super_activations: bool = True,
+        text: str | None = None,
+        tokens: int = 1280,
+        progress: Progress | None = None,
+    ) -> Quantization:
+        """What rounding the blocks' linear weights to so many bits costs, super weights held out and not.
+
+        `block` is 64 for squares or "1x64" for rows x columns; see `tracing.quantization`. Nothing is changed:
+        `live.apply(found.adjustment, force=True)` keeps it, `live.export(folder, found.adjustment)` writes it.
+        """
+        size = block if isinstance(block, tuple) else block_of(str(block))
+        return quantization(
+            self.engine,
+            Scheme(bits, size, clip, clip_at, activations, embeddings),
+            keep_super_weights=keep_super_weights,
+            keep_super_activations=keep_super_activations,
+            text=text,
+            tokens=tokens,
+            cache_dir=self.settings.cache_dir,
+            progress=progress,
+        )
+
+    def export(self, folder: Path | str, adjustment: Adjustment | None = None) -> Path:
+        """Write the model as it is now, with `adjustment` on top if given, as a folder that transformers loads.
+
+        Raises InvalidInput where the folder holds something, Unsupported for what no checkpoint can say.
+        """
+        more = () if adjustment is None else (Active(adjustment),)
+        return export(self.engine, folder, (*self.engine.state, *more))

@@ -27,6 +27,7 @@ Kind = Literal["fix", "bad", "good"]
 Verb = Literal["fix", "bad", "good", "apply", "learn"]  # what a change came from: a judgement, an adjustment, many
 
 
+_SITES = 8  # that a report names
 _STATES = {"active": "green", "off": "yellow", "undone": "dim", "refused": "red", "failed": "red", "preview": "cyan"}
 
 
@@ -147,7 +148,9 @@ class Report(_Value, Shown):
         rows.append(("method", Text(f"{self.method}. {self.note}" if self.method else self.note)))
         if self.weights is not None:
             moved = self.weights
-            sites = ", ".join(moved.sites) or "no site"
+            sites = ", ".join(moved.sites[:_SITES]) or "no site"
+            if len(moved.sites) > _SITES:
+                sites += f" and {len(moved.sites) - _SITES} more"
             survived = f"{moved.survived:.1%} of the change survived rounding"
             told = f"{moved.entries:,} changed ({moved.share:.3%}), {survived}"
             rows.append(("weights", Text(f"{told}: {sites}")))

@@ -16,7 +16,9 @@ from liveweight.adjustments import (
     Entries,
     Gain,
     LowRank,
+    Quantize,
     ReplaceNeurons,
+    RoundActivations,
     ScaleNeurons,
     ScalePaths,
     Steer,
@@ -32,6 +34,8 @@ OPS = (
     Entries(site="embed.weight", indices=torch.tensor([[0, 1]]), values=torch.tensor([2.0])),
     ReplaceNeurons(layer=1, neurons=(4,), up=torch.ones(1, 2), down=torch.ones(2, 1), gate=torch.zeros(1, 2)),
     ReplaceNeurons(layer=1, neurons=(5,), up=torch.ones(1, 2), down=torch.ones(2, 1), bias=torch.ones(1), expert=1),
+    Quantize(sites=("embed.weight",), bits=4, block=(1, 64), clip="z", clip_at=3.0, keep=(("embed.weight", 0, 1),)),
+    RoundActivations(site="layers.1.mlp.neurons", bits=8, keep=(3,)),
     Gain(layer=1, neurons=(0,), gains=torch.tensor([2.0]), slopes=torch.tensor([0.5])),
     Steer(site="layers.1.resid", vector=torch.tensor([1.0, -0.0]), when="generated", positions=(4, 5)),
 )

@@ -18,7 +18,9 @@ from liveweight.adjustments import (
     Entries,
     LowRank,
     Op,
+    Quantize,
     ReplaceNeurons,
+    RoundActivations,
     ScaleHeads,
     ScaleNeurons,
     ScalePaths,
@@ -71,6 +73,14 @@ def adjustments_for(sites: ModelSites) -> list[Adjustment]:
         fields = {"up": randn(2, WIDTH), "down": randn(WIDTH, 2), "gate": randn(2, WIDTH) if sites.gated else None}
         fields["bias"] = randn(2) if sites.has_weight("layers.0.mlp.up.bias") else None
         ops.append((ReplaceNeurons(layer=0, neurons=neurons, expert=expert, **fields),))
+    ops += [
+        (Quantize(sites=(down, up, "lm_head.weight"), bits=4, block=(5, 7), keep=((down, 3, 3),)),),
+        (
+            Quantize(sites=(down,), bits=3, block=(64, 64), clip="z", clip_at=2.0, keep=((down, 0, 5),)),
+            RoundActivations(site="layers.1.attn.heads", bits=8, keep=(3,)),
+        ),
+        (Quantize(sites=(up,), bits=8, block=(1, 9), clip="percentile", clip_at=90.0),),
+    ]
     if sites.gated:
         rows = ScaleNeurons(layer=2, neurons=(0, 9), factors=randn(2), side="read", expert=to_expert)
         ops.append((rows, Dense(site="final_norm.weight", delta=randn(WIDTH))))
@@ -103,7 +113,7 @@ class Journal(RuleBasedStateMachine):
         self.weights.become(self.state())
         self.activations.become(self.state())
 
-    @rule(which=st.integers(0, 10), strength=STRENGTHS)
+    @rule(which=st.integers(0, 13), strength=STRENGTHS)
     def apply(self, which: int, strength: float) -> None:
         self.entries.append((Active(self.offered[which % len(self.offered)], strength), True))
         self.become()

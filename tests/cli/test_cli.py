@@ -42,6 +42,9 @@ VERBS = [
     "fold",
     "models",
     "super-weights",
+    "massive",
+    "sparsity",
+    "quantize",
     "doctor",
 ]
 
@@ -474,3 +477,65 @@ def test_steer_refuses_what_does_not_go_together(run: Run, tmp_path: Path) -> No
         assert said in told(run("steer", *words, "--json", code=2))["message"]
     assert "two sides" in told(run("steer", "love", "--json", code=2))["message"]
     assert "can be read" in told(run("steer", "--load", str(tmp_path / "none"), "--json", code=2))["message"]
+
+
+def test_massive_reads_a_question_or_a_file_and_draws_it(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat.\n" * 3)
+    found = parsed(run("massive", "--text", str(tmp_path / "text.txt"), "--picture", str(tmp_path / "m"), "--json"))
+    assert found["tokens"] == 72 and found["values"] == []
+    assert found["pictures"][0] == str(tmp_path / "m.html") and (tmp_path / "m.html").is_file()
+    assert parsed(run("massive", QUESTION, "--raw", "--json"))["tokens"] == len(QUESTION)
+    shown = run("massive", QUESTION).stdout
+    assert "None. The nearest is" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_sparsity_tells_each_layer_and_each_rule_in_80_columns(run: Run, tmp_path: Path) -> None:
+    found = parsed(run("sparsity", "--tokens", "64", "--percent", "2", "--picture", str(tmp_path / "s"), "--json"))
+    assert [each["layer"] for each in found["layers"]] == [0, 1]
+    assert [each["rule"] for each in found["rules"]] == ["relative", "threshold", "top-k"]
+    assert (tmp_path / "s.html").is_file()
+    shown = run("sparsity", "--tokens", "64", "--no-layers").stdout
+    assert shown.startswith("PPL-1% sparsity") and max(map(len, shown.splitlines())) <= 80
+
+
+def test_quantize_measures_writes_keeps_and_is_undone(run: Run, tmp_path: Path) -> None:
+    words = ("quantize", "--bits", "3", "--block", "8", "--tokens", "64", "--json")
+    before = parsed(run("ask", QUESTION, "--json"))["version_hash"]
+    only = parsed(run(*words))
+    assert set(only) == {"quantization"} and parsed(run("changes", "--json")) == []
+    kept = parsed(run(*words, "--keep", "--force", "--export", str(tmp_path / "out")))
+    assert kept["quantization"]["rows"][0]["perplexity"] == only["quantization"]["rows"][0]["perplexity"]
+    assert (kept["change"]["state"], kept["change"]["method"]) == ("active", "quantize")
+    assert (tmp_path / "out" / "model.safetensors").is_file() and kept["exported"] == str(tmp_path / "out")
+    assert parsed(run("ask", QUESTION, "--json"))["version_hash"] != before
+    assert parsed(run("strength", "c1", "0.5", "--json"))["strength"] == 0.5
+    run("undo", "--json")
+    assert parsed(run("ask", QUESTION, "--json"))["version_hash"] == before
+    assert told(run(*words, "--export", str(tmp_path / "out"), code=2))["message"].endswith("is not empty.")
+    shown = run("quantize", "--bits", "8", "--block", "1x8", "--tokens", "64", "--preview").stdout
+    assert "8 bits in blocks of 1x8" in shown and max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_super_weight_s_report_needs_a_super_weight(run: Run, tmp_path: Path) -> None:
+    assert told(run("super-weights", "--report", "--json", code=1))["code"] == "unsupported"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["massive"], "prompt"),
+        (["massive", "a", "--text", "x"], "prompt"),
+        (["massive", "--text", "x", "--raw"], "--raw"),
+        (["massive", "--text", "nowhere.txt"], "cannot be read"),
+        (["sparsity", "--percent", "0"], "cannot rise"),
+        (["quantize", "--bits", "9"], "equal to 8"),
+        (["quantize", "--block", "x"], "block"),
+        (["quantize", "--force"], "--keep"),
+        (["quantize", "--clip-z", "3", "--clip-percentile", "99"], "not both"),
+        (["quantize", "--keep-super-activations"], "--activations"),
+        (["super-weights", "--data", "x"], "--report"),
+    ],
+)
+def test_wrong_usage_of_the_reading_verbs_is_said(run: Run, words: list[str], says: str) -> None:
+    assert says in told(run(*words, "--json", code=2))["message"]

@@ -19,6 +19,7 @@ from liveweight.adjustments import (
     Gain,
     LowRank,
     Op,
+    Quantize,
     ReplaceNeurons,
     ScaleNeurons,
     ScalePaths,
@@ -89,6 +90,10 @@ def ops_that_touch() -> dict[str, tuple[Op, float]]:
         "low rank": (LowRank(site=SITE, left=left, right=right), -1.0),
         "dense": (Dense(site=SITE, delta=left @ right), -1.0),
         "steer": (Steer(site=f"layers.{LAYER}.mlp.neurons", vector=vector, scale=3.0), 1.5),
+        "quantize": (
+            Quantize(sites=(SITE, "layers.0.mlp.up.weight"), bits=4, block=(8, 8), keep=((SITE, 0, 0),)),
+            float("inf"),
+        ),
         "ablate": (Ablate(site=f"layers.{LAYER}.mlp.neurons", direction=direction), 0.5),
     }
 
@@ -123,6 +128,8 @@ def test_changes_that_leave_a_super_weight_alone_pass_and_come_back_as_they_were
         LowRank(site="layers.2.mlp.down.weight", left=rest, right=torch.ones(2, NEURONS)),
         Steer(site="layers.1.resid", vector=torch.ones(WIDTH)),
         Entries(site=SITE, indices=torch.tensor([[ROW, COLUMN + 1]]), values=ones(1, 9.0)),
+        Quantize(sites=(SITE,), bits=4, block=(8, 8), keep=((SITE, ROW, COLUMN),)),
+        Quantize(sites=("layers.2.mlp.down.weight",), bits=4, block=(8, 8)),
         Entries(site="layers.1.mlp_norm.weight", indices=torch.tensor([[COLUMN]]), values=ones(1, 9.0)),
     )
     assert protect(elsewhere, found) == ()
@@ -196,3 +203,18 @@ def test_a_replaced_super_neuron_is_seen_and_spared(engine: TransformersEngine) 
     assert torch.equal(left.up, rows[1:] + 1)
     assert torch.equal(left.down, (rows[1:] + 2).T)
     assert protect(adjustment(left), weights) == ()
+
+
+def test_of_a_quantisation_the_super_weight_is_held_out_and_the_rest_stays_as_proposed(
+    engine: TransformersEngine,
+) -> None:
+    weights = a_super_weight(engine)
+    proposed = adjustment(Quantize(sites=(SITE,), bits=3, block=(24, 40)))
+    touch = protect(proposed, weights)[0]
+    assert "would be rounded" in str(touch)
+    spared = spare(proposed, weights)
+    before = engine.sites.weight(SITE).read().clone()
+    with engine.preview((Active(spared),)):
+        after = engine.sites.weight(SITE).read().clone()
+    assert after[ROW, COLUMN] == before[ROW, COLUMN]
+    assert float((after != before).float().mean()) > 0.9

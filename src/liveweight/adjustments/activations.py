@@ -20,7 +20,19 @@ from torch.utils.hooks import RemovableHandle
 from liveweight.adjustments.adjustment import State, effective
 from liveweight.adjustments.contributions import toward
 from liveweight.adjustments.experts import ExpertNeurons
-from liveweight.adjustments.ops import Ablate, ActivationOp, Affine, BiasRouter, Clamp, Codebook, Gain, MixHeads, Steer
+from liveweight.adjustments.ops import (
+    Ablate,
+    ActivationOp,
+    Affine,
+    BiasRouter,
+    Clamp,
+    Codebook,
+    Gain,
+    MixHeads,
+    RoundActivations,
+    Steer,
+)
+from liveweight.adjustments.rounding import rounded_rows
 from liveweight.errors import InvalidInput, Unsupported
 from liveweight.sites import ActivationPoint, ModelSites
 
@@ -176,6 +188,13 @@ class ActivationState:
                 if op.positions is not None:
                     positioned.add(_layer_of(op.site, self.sites))
                 return [_on(point, self._affine(op, strength))]
+            case RoundActivations():
+                point = self.sites.activation(op.site)
+                if op.keep and max(op.keep) >= point.size:
+                    raise InvalidInput(
+                        f"{op.site} has no entry {max(op.keep)}.", hint=f"They are 0 to {point.size - 1}."
+                    )
+                return [_on(point, _round(op, strength))]
             case Gain():
                 raise AssertionError("gains are joined a layer before")
             case _:
@@ -300,6 +319,17 @@ def _looked_up(op: Codebook, strength: float) -> Callable[[Tensor], Tensor]:
         chosen = entries[nearest.indices].view_as(wide)
         inside = nearest.values.isfinite().view(*values.shape[:-1], 1)
         return torch.where(inside, (wide + strength * (chosen - wide)).to(values.dtype), values)
+
+    return change
+
+
+def _round(op: RoundActivations, strength: float) -> Callable[[Tensor], Tensor]:
+    keep = torch.tensor(op.keep, dtype=torch.int64)
+
+    def change(values: Tensor) -> Tensor:
+        wide = values.float()
+        new = rounded_rows(wide, op.bits, keep)
+        return torch.where(new == wide, values, ((1.0 - strength) * wide + strength * new).to(values.dtype))
 
     return change
 

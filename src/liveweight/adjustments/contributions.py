@@ -17,12 +17,14 @@ from liveweight.adjustments.ops import (
     Dense,
     Entries,
     LowRank,
+    Quantize,
     ReplaceNeurons,
     ScaleHeads,
     ScaleNeurons,
     ScalePaths,
     WeightOp,
 )
+from liveweight.adjustments.rounding import rounded
 from liveweight.errors import InvalidInput, UnknownSite, Unsupported
 from liveweight.sites import ModelSites, Region
 from liveweight.sites.views import WHOLE, region
@@ -68,6 +70,8 @@ def contributions(op: WeightOp, strength: float, sites: ModelSites, base: Reader
             yield Contribution(sites.canonical(op.site), WHOLE, _plus(op.delta, strength))
         case ReplaceNeurons():
             yield from _replace_neurons(op, strength, sites)
+        case Quantize():
+            yield from _quantize(op, strength, sites)
         case _:
             assert_never(op)
 
@@ -211,6 +215,37 @@ def _replace_neurons(op: ReplaceNeurons, strength: float, sites: ModelSites) -> 
             yield Contribution(site("up").removesuffix("weight") + "bias", numbers, _become(op.bias[places]))
         columns = Region("columns", numbers.index)
         yield Contribution(site("down"), columns, _become(op.down[:, places], strength))
+
+
+def _quantize(op: Quantize, strength: float, sites: ModelSites) -> Iterator[Contribution]:
+    kept: dict[str, list[tuple[int, int]]] = {}
+    for site, row, column in op.keep:
+        shape = sites.weight(site).shape
+        if len(shape) == 2 and (row >= shape[0] or column >= shape[1]):
+            raise InvalidInput(f"{site} has no entry [{row}, {column}].", hint=f"Its shape is {shape}.")
+        kept.setdefault(sites.canonical(site), []).append((row, column))
+    for site in dict.fromkeys(sites.canonical(each) for each in op.sites):  # two names of one tensor: rounded once
+        if len(sites.weight(site).shape) != 2:
+            raise InvalidInput(
+                f"{site} has the shape {sites.weight(site).shape}; only matrices are quantised.",
+                hint="Leave biases and norms out.",
+            )
+        yield Contribution(
+            site, WHOLE, _rounding(op, strength, torch.tensor(kept.get(site, []), dtype=torch.int64).view(-1, 2))
+        )
+
+
+def _rounding(op: Quantize, strength: float, keep: Tensor) -> Change:
+    def change(values: Tensor) -> Tensor:
+        new = rounded(values, op.bits, op.block, op.clip, op.clip_at, keep)
+        places = keep.to(values.device).unbind(1)
+        stays = values[places]
+        # Not values + s·(new - values): at s = 1 that need not be exactly what was rounded to.
+        mixed = values.mul_(1.0 - strength).add_(new.mul_(strength))
+        mixed[places] = stays
+        return mixed
+
+    return change
 
 
 def _need_shape(site: str, shape: tuple[int, ...], sites: ModelSites) -> None:

@@ -24,6 +24,7 @@ from liveweight.adjustments.ops import (
     LowRank,
     MixHeads,
     Op,
+    RoundActivations,
     ScaleNeurons,
     Steer,
     WeightOp,
@@ -53,7 +54,7 @@ def fold(op: Op, sites: ModelSites) -> tuple[WeightOp, ...] | None:
             return _orthogonal_writers(op, sites)
         case Affine():
             return _scaled_neurons(op, sites)
-        case Clamp() | BiasRouter() | Codebook():
+        case Clamp() | BiasRouter() | Codebook() | RoundActivations():
             return None
         case _:
             assert_never(op)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from liveweight.adjustments.activations import STREAM
 from liveweight.adjustments.adjustment import State, effective
-from liveweight.adjustments.ops import Ablate, ActivationOp, Affine, Codebook, Steer
+from liveweight.adjustments.ops import Ablate, ActivationOp, Affine, Codebook, RoundActivations, Steer
 from liveweight.adjustments.weights import Origin, WeightState
 
 EMBEDDINGS = -1
@@ -46,7 +46,11 @@ def _acting(weights: WeightState, state: State) -> dict[str, list[Origin]]:
 
 
 def _site_of(op: ActivationOp) -> str:
-    return op.site if isinstance(op, Steer | Ablate | Codebook | Affine) else f"layers.{op.layer}.{op.kind}"
+    return (
+        op.site
+        if isinstance(op, Steer | Ablate | Codebook | Affine | RoundActivations)
+        else f"layers.{op.layer}.{op.kind}"
+    )
 
 
 def _place(site: str, layers: int) -> int:

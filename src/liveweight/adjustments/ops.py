@@ -28,6 +28,7 @@ from liveweight.adjustments.op_base import (
     check_vector,
     describe_problems,
 )
+from liveweight.adjustments.rounding import Clip
 from liveweight.errors import InvalidInput
 
 # ------------------------------------------------------------------------------------------------ ops on weights
@@ -184,6 +185,40 @@ class ReplaceNeurons(OpBase):
         return self
 
 
+class Quantize(OpBase):
+    """Round matrices to 2^bits levels a block: `block` is its rows and columns, the last ones at an edge being smaller.
+
+    What is rounded is what stands there when the op's turn comes, so that what precedes it is rounded too and what
+    follows it is not. At a strength s what is w becomes w + s(rounded - w). `clip` and `clip_at` say how outliers are
+    held in before: at `clip_at` standard deviations of the block ("z"), or to the range of its middle `clip_at` per
+    cent ("percentile"). `keep` names entries (site, row, column) that are held out and stay bit for bit.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    sites: tuple[str, ...]
+    bits: Annotated[int, Field(ge=2, le=8, strict=True)]
+    block: tuple[Annotated[int, Field(ge=1, strict=True)], Annotated[int, Field(ge=1, strict=True)]]
+    clip: Clip = "none"
+    clip_at: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    keep: tuple[tuple[str, Index, Index], ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.sites:
+            raise ValueError("sites must not be empty")
+        check_no_repeats("sites", self.sites)
+        check_no_repeats("keep", self.keep)
+        if self.clip == "none" and self.clip_at:
+            raise ValueError(f"clip_at {self.clip_at:g} needs clip 'z' or 'percentile'")
+        if self.clip == "z" and not self.clip_at > 0:
+            raise ValueError(f"clip_at must be above 0 standard deviations, not {self.clip_at:g}")
+        if self.clip == "percentile" and not 0 < self.clip_at <= 100:
+            raise ValueError(f"clip_at must be above 0 and at most 100 per cent, not {self.clip_at:g}")
+        if strange := [site for site, _, _ in self.keep if site not in self.sites]:
+            raise ValueError(f"keep names {strange[0]}, which is not among the sites")
+        return self
+
+
 # -------------------------------------------------------------------------------------------- ops on activations
 
 
@@ -336,8 +371,26 @@ class Affine(OpBase):
         return self
 
 
-WeightOp = ScaleNeurons | ScalePaths | ScaleHeads | LowRank | Entries | Dense | ReplaceNeurons
-ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter | Codebook | Affine
+class RoundActivations(OpBase):
+    """Round the values at a site to 2^bits levels, each position for itself, so that decoding with a cache is the same.
+
+    `keep` names entries of the site that are held out as `Quantize` holds out weights: replaced by the position's
+    median while the levels are chosen, then put back.
+    """
+
+    kind: Literal["round_activations"] = "round_activations"
+    site: str
+    bits: Annotated[int, Field(ge=2, le=8, strict=True)]
+    keep: tuple[Index, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_no_repeats("keep", self.keep)
+        return self
+
+
+WeightOp = ScaleNeurons | ScalePaths | ScaleHeads | LowRank | Entries | Dense | ReplaceNeurons | Quantize
+ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter | Codebook | Affine | RoundActivations
 Op = WeightOp | ActivationOp
 
 _READER: TypeAdapter[Op] = TypeAdapter(Annotated[Op, Field(discriminator="kind")])

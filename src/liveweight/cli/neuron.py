@@ -21,7 +21,7 @@ def neuron(
 ) -> None:
     """Show one neuron: what it writes and reads, where it is strongest in a text, its neighbours, its clamp curve."""
     from liveweight.tracing.clamping import parse_neuron
-    from liveweight.tracing.texts import text_of
+    from liveweight.tracing.plain_text import text_of
 
     parse_neuron(which)  # before the model is loaded
     read = text_of(text)

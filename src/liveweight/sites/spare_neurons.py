@@ -61,6 +61,31 @@ def with_spare_neurons(sites: ModelSites, count: int = SPARE) -> ModelSites:
     return model_sites(sites.model)
 
 
+def without_spare_neurons(sites: ModelSites) -> dict[str, Tensor]:
+    """The model's tensors by name as its checkpoint has them: those of grown MLPs are cut back to their own neurons."""
+    found = dict(sites.model.state_dict())
+    for layer in range(sites.layers):
+        if not sites.spare_of(layer):
+            continue
+        own = sites.neurons_of(layer)
+        for part in ("gate", "up", "down") if sites.gated else ("up", "down"):
+            for kind in ("weight", "bias") if part != "down" else ("weight",):
+                site = f"layers.{layer}.mlp.{part}.{kind}"
+                if sites.has_weight(site):
+                    view = sites.weight(site)
+                    found[view.parameter_name] = _cut_back(view, own).contiguous()
+    return found
+
+
+def _cut_back(view: WeightView, own: int) -> Tensor:
+    """A grown parameter with its first `own` neurons only; of two halves, of each."""
+    data, piece = view.parameter.detach(), view.piece
+    dim = int((view.within or (0,))[0] != piece.transposed) if data.dim() == 2 else 0
+    if piece.split != "halves":
+        return data.narrow(dim, 0, own)
+    return torch.cat((data.narrow(dim, 0, own), data.narrow(dim, data.shape[dim] // 2, own)), dim)
+
+
 def _grow(view: WeightView, count: int) -> None:
     """More outputs. A piece that shares its parameter with another one grows where it ends in it."""
     data, dim = view.parameter.detach(), 1 if view.piece.transposed and view.parameter.dim() == 2 else 0

@@ -8,6 +8,7 @@ scaling, clamping or re-routing that neuron as a whole does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from liveweight.adjustments import (
     Gain,
     LowRank,
     Op,
+    Quantize,
     ReplaceNeurons,
     ScaleNeurons,
     ScalePaths,
@@ -39,12 +41,14 @@ class Touch:
     """An adjustment that moves a super weight, or what its neuron does, by `change` times its size."""
 
     weight: SuperWeight
-    change: float  # relative; infinite where the neuron is held at a value of its own
+    change: float  # relative; infinite where its neuron is held at a value of its own, or where it is rounded
     ops: tuple[int, ...]  # which ops of the adjustment do it
 
     def __str__(self) -> str:
         weight = self.weight
         place = f"layers.{weight.layer}.mlp.down [{weight.row}, {weight.column}]"
+        if math.isinf(self.change):
+            return f"{place}, a super weight, would be rounded, or its neuron held at another value"
         return f"{place}, a super weight, would move by {self.change:.1%} of its size"
 
 
@@ -69,8 +73,8 @@ def spare(adjustment: Adjustment, super_weights: SuperWeights) -> Adjustment:
     """The same adjustment, with the super neurons left out of it; the super weights keep every bit.
 
     Neurons are dropped from lists, and the columns of changes to down weights are made zero. The rest of a low-rank
-    change is as it was, so one that relied on a super neuron's column does a little less. An adjustment that does
-    nothing to super neurons comes back equal.
+    change is as it was, so one that relied on a super neuron's column does a little less. Of a quantisation only the
+    super weights themselves are held out. An adjustment that does nothing to super neurons comes back equal.
     """
     ops: list[Op] = []
     for op in adjustment.ops:
@@ -108,6 +112,8 @@ def _effect(op: Op, weight: SuperWeight) -> tuple[float, float, float]:
             return 1.0, float(op.left[row].double() @ op.right[:, column].double()), 0.0
         case Dense() if op.site == weight.site:
             return 1.0, float(op.delta[row, column]), 0.0
+        case Quantize() if weight.site in op.sites and (weight.site, row, column) not in op.keep:
+            return 1.0, 0.0, float("inf")  # how far it moves is for its block to say
         case Steer() if op.site == f"layers.{layer}.mlp.neurons":
             return 1.0, 0.0, abs(op.scale * float(op.vector[column])) / (abs(weight.activation) or 1e-30)
         case Ablate() if op.site == f"layers.{layer}.mlp.neurons":
@@ -134,6 +140,10 @@ def _spared(op: Op, super_weights: SuperWeights) -> Op | None:
         case Entries():
             columns = _columns(op.site, super_weights)
             return _without(op, [int(index[-1]) not in columns for index in op.indices] if columns else [True])
+        case Quantize():
+            entries = [(weight.site, weight.row, weight.column) for weight in super_weights.confirmed]
+            more = [entry for entry in entries if entry[0] in op.sites and entry not in op.keep]
+            return _with(op, keep=(*op.keep, *more)) if more else op
         case LowRank():
             return _with(op, right=_zeroed(op.right, _columns(op.site, super_weights)))
         case Dense():

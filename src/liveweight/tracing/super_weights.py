@@ -10,7 +10,6 @@ a super weight is `protection.py`'s to say.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import math
 import re
@@ -30,6 +29,7 @@ from liveweight.shown import Shown, table
 from liveweight.sites import Region
 from liveweight.tracing.capture import Neuron
 from liveweight.tracing.label_cache import cannot_keep
+from liveweight.tracing.plain_text import loss, packaged, window_length, windows_of
 
 FORMAT = 1  # of the file on disk; raised when a measure would come out otherwise than before
 PROMPT = "The river was calm, and the boats lay still."
@@ -40,8 +40,7 @@ EXPLAINED = 0.5  # of the output's spike, at least, must come from this one weig
 MOST = 16  # candidates that are measured, the strongest first
 CONFIRMED = 1.25  # times the perplexity, at least, once the weight is zero
 _HINTED = 1.2  # on the first window alone: below it the rest is not measured
-_WINDOWS, _LENGTH = 5, 256  # tokens of plain text
-_CHARACTERS = 8  # of plain text a token, more than any tokenizer needs on English
+_WINDOWS = 5  # of plain text
 
 Progress = Callable[[int, int], None]  # done, of how many
 
@@ -161,7 +160,7 @@ def _remembered(file: Path) -> SuperWeights | None:
 
 def known_super_weights(name: str) -> tuple[Known, ...]:
     """Published coordinates for a model whose name or source holds that of the published one."""
-    table = json.loads(_packaged("tracing", "known_super_weights.json"))
+    table = json.loads(packaged("tracing", "known_super_weights.json"))
     squeezed = _squeezed(name)
     return tuple(Known(**entry) for entry in table["weights"] if _squeezed(entry["model"]) in squeezed)
 
@@ -205,7 +204,7 @@ def _measure_all(engine: TransformersEngine, progress: Progress | None) -> Super
     found = candidates(engine)
     found = _published(engine, found) + found
     skipped = tuple(layer for layer in range(engine.sites.layers) if engine.sites.experts_of(layer))
-    windows = _windows(engine) if found else []
+    windows = windows_of(engine, tokens=_WINDOWS * window_length(engine)) if found else []
     base: list[float] = []  # the base's negative log-likelihood of each window
     weights: list[SuperWeight] = []
     for number, candidate in enumerate(found):
@@ -241,8 +240,8 @@ def _measured(
     tokens = 0
     for number, window in enumerate(windows):
         if len(base) <= number:
-            base.append(_loss(engine, window, ()))
-        losses.append(_loss(engine, window, zeroed))
+            base.append(loss(engine, window, ()))
+        losses.append(loss(engine, window, zeroed))
         tokens += len(window.continuation)
         if number == 0 and losses[0] - base[0] < math.log(_HINTED) * tokens:
             break
@@ -263,25 +262,6 @@ def _measured(
     )
 
 
-def _loss(engine: TransformersEngine, window: ScoreItem, state: State) -> float:
-    """Nats of a window's continuation. One window a preview, so that a running chat waits for no more than that."""
-    with engine.preview(state):
-        return -engine.score([window])[0].total
-
-
-def _windows(engine: TransformersEngine) -> list[ScoreItem]:
-    """The plain text in pieces of tokens; each is scored from its third token on."""
-    length = min(_LENGTH, engine.info.context or _LENGTH)
-    text = _packaged("methods", "plain_text.txt")[: _WINDOWS * length * _CHARACTERS]
-    ids: list[int] = []
-    for paragraph in text.split("\n"):  # piecewise, since tokenizers warn of a text longer than the model's context
-        if len(ids) >= _WINDOWS * length:
-            break
-        ids += engine.format.encode_text(paragraph + "\n")
-    pieces = [ids[start : start + length] for start in range(0, min(len(ids), _WINDOWS * length), length)]
-    return [ScoreItem(tuple(piece[:2]), tuple(piece[2:])) for piece in pieces if len(piece) > 2]
-
-
 def _published(engine: TransformersEngine, found: list[Candidate]) -> list[Candidate]:
     """The published coordinates for this model that are not among `found` and lie in it."""
     there = {candidate[:3] for candidate in found}
@@ -299,13 +279,6 @@ def _published(engine: TransformersEngine, found: list[Candidate]) -> list[Candi
             value = float(engine.weights.base(site, entry)[0])
         extra.append(Candidate(known.layer, known.row, known.column, value, 0.0, 0.0, known.model))
     return extra
-
-
-def _packaged(*parts: str) -> str:
-    file = importlib.resources.files("liveweight")
-    for part in parts:
-        file = file / part
-    return file.read_text(encoding="utf-8")
 
 
 def _squeezed(name: str) -> str:
