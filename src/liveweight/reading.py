@@ -6,10 +6,20 @@ way from a reply to its tokens. Knows nothing of how anything is computed: each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from liveweight.tracing import SuperWeights, WhyReport, find_super_weights, why
+from liveweight.engines.base import Message
+from liveweight.tracing import (
+    Attribution,
+    Kind,
+    Measure,
+    SuperWeights,
+    WhyReport,
+    attribute,
+    find_super_weights,
+    why,
+)
 
 if TYPE_CHECKING:
     from liveweight.engines.transformers import TransformersEngine
@@ -46,6 +56,43 @@ class Reading:
             cache_dir=self.settings.cache_dir,
         )
 
+    def attribute(
+        self,
+        reply: Reply | str | int,
+        *,
+        by: Measure | None = None,
+        sites: Kind = "mlp",
+        against: str | None = None,
+        corrupted: str | None = None,
+        top: int = 20,
+        progress: Progress | None = None,
+    ) -> Attribution:
+        """What each part of the model did to a reply, at every layer and token, under the present weights.
+
+        `sites` are neurons, mlp, heads or resid; `by` is gradient, direct, relp or patching. `corrupted` is a question
+        of as many tokens as the reply's: parts are compared with what they were there, else with zero.
+        """
+        found = self.reply(reply)
+        other = None if corrupted is None else _asking(found.prompt, corrupted)
+        return attribute(
+            self.engine,
+            found.prompt,
+            self._judge.spoken(found),
+            by=by,
+            sites=sites,
+            against=against,
+            corrupted=other,
+            top=top,
+            cache_dir=self.settings.cache_dir,
+            progress=progress,
+        )
+
     def super_weights(self, progress: Progress | None = None) -> SuperWeights:
         """The few weights that no change may touch; found once a model, then read from the cache."""
         return find_super_weights(self.engine, self.settings.cache_dir, progress)
+
+
+def _asking(chat: Sequence[Message], question: str) -> tuple[Message, ...]:
+    """The same chat with another last question."""
+    last = max(place for place, message in enumerate(chat) if message.role == "user")
+    return (*chat[:last], Message("user", question), *chat[last + 1 :])
