@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from liveweight.adjustments import Active, Adjustment, Steer
+from liveweight.adjustments import Active, Adjustment, Dense, Steer
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, Unsupported
@@ -246,6 +246,23 @@ def test_nothing_is_lost_on_the_way_where_there_are_no_biases(architecture: str,
     assert float(direct["resid"][-1].sum()) == pytest.approx(total, abs=1e-3, rel=1e-3)
 
 
+def test_nothing_is_lost_in_new_neurons_either(tmp_path: Path) -> None:
+    engine = tiny_engine("mistral", tmp_path)
+    layer = next(layer for layer in range(LAYERS) if engine.sites.spare_of(layer))
+    generator = torch.Generator().manual_seed(5)
+    sites = [f"layers.{layer}.mlp.spare.{part}.weight" for part in ("gate", "up", "down")]
+    deltas = [torch.randn(engine.sites.weight(site).shape, generator=generator) / 8 for site in sites]
+    before = part_pushes(engine, asked_of(engine, corrupted=False), ("resid",), "relp")["resid"]
+    ops = tuple(Dense(site=site, delta=delta) for site, delta in zip(sites, deltas, strict=True))
+    engine.become((Active(Adjustment(name="new", method="test", ops=ops)),))
+    asked = asked_of(engine, corrupted=False)
+    with torch.no_grad():
+        total = float(asked.margin.of(engine, read(engine, asked.tokens, [], prompt=len(PROMPT)).final))
+    relevance = part_pushes(engine, asked, ("resid",), "relp")["resid"]
+    torch.testing.assert_close(relevance.sum((1, 2)), torch.full((LAYERS,), total), atol=1e-3, rtol=1e-3)
+    assert float((relevance - before).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("architecture", DENSE_ARCHITECTURES)
 def test_the_rules_change_no_value_by_a_bit(architecture: str, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, tmp_path)
@@ -361,6 +378,7 @@ def test_a_report_holds_every_value_its_strongest_parts_and_a_picture(sites: Kin
         torch.testing.assert_close(summed, found.sum(-1), atol=1e-4, rtol=1e-4)
         assert report.total == pytest.approx(float(found.abs().sum()), rel=1e-3)
     assert report.tokens == tuple(engine.format.tokenizer.decode([token]) for token in asked.tokens)
+    assert report.compared == (("a", "o"),)
     assert len(report.values) == (HEADS if sites == "heads" else 1)
     for side, sign in ((report.pushed, 1), (report.opposed, -1)):
         pushes = [sign * each.push for each in side]
@@ -369,14 +387,20 @@ def test_a_report_holds_every_value_its_strongest_parts_and_a_picture(sites: Kin
             assert each.push == pytest.approx(float(found[each.layer, each.position, each.index or 0]), abs=1e-4)
             assert each.token == report.tokens[each.position]
             assert (each.index is None) == (sites in ("mlp", "resid"))
-            assert (each.label is None) == (sites != "neurons")
+            assert (each.label is None) == (each.activation is None) == (sites != "neurons")
+            if sites == "neurons":
+                mine = values_of(engine, asked.tokens)[f"layers.{each.layer}.mlp.neurons"]
+                assert each.activation == pytest.approx(float(mine[each.position, each.index or 0]), abs=1e-3)
     assert report.pushed
     assert Attribution.model_validate_json(report.model_dump_json()) == report
-    (drawn,) = report.picture().data
+    picture = report.picture()
+    assert picture.layout.xaxis.range[0] >= asked.start - 0.5
+    (drawn,) = picture.data
     assert torch.tensor(drawn.z).shape == (LAYERS, len(report.tokens))
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report)
-    assert report.pushed[0].name in console.export_text()
+    shown = console.export_text()
+    assert report.pushed[0].name in shown and "a rather than o" in shown
     assert "pushed it" in report._repr_html_()
 
 

@@ -32,13 +32,15 @@ from liveweight.tracing.part_pushes import (
     parts_of,
     patched_pushes,
 )
-from liveweight.tracing.parts import KINDS, Kind, read
+from liveweight.tracing.parts import KINDS, Kind, points_of, read
 from liveweight.tracing.patching import Part, Progress
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 CANDIDATES = 256  # neurons, each at one position, that true patching tries: those that relp ranks highest
+
+_NOISE = 1e-6  # of the largest value: below it a token did nothing
 
 
 class _Value(BaseModel):
@@ -54,6 +56,7 @@ class PartPush(_Value):
     token: str  # what the model read there
     push: float  # nats: what the margin loses with the part's other value; below zero it pushed against the answer
     share: float  # push / Attribution.total
+    activation: float | None = None  # of a neuron, in the run that gave the answer
     label: NeuronLabel | None = None
 
     @property
@@ -73,6 +76,7 @@ class Attribution(_Value, Shown):
     against: str | None  # the other answer, or None: each token's runner-up
     corrupted: str | None  # the prompt that the other values come from; None: they are zero
     tokens: tuple[str, ...]  # (T,) prompt and answer, as far as the margin needs them
+    compared: tuple[tuple[str, str], ...]  # the tokens whose logits make the margin: the answer's, and its rival
     margin: float  # nats
     corrupted_margin: float | None  # nats, of the same tokens behind the corrupted prompt
     values: tuple[tuple[tuple[float, ...], ...], ...]  # (parts, layers, T) nats; of neurons (1, layers, T), their sum
@@ -87,16 +91,20 @@ class Attribution(_Value, Shown):
         """Nats (layers, T), summed over the parts of a layer at a position."""
         return torch.tensor(self.values).sum(0).tolist()
 
+    @property
+    def _asked(self) -> str:
+        """What was compared with what, in some words."""
+        if len(self.compared) == 1:
+            answer, rival = (token.strip() or repr(token) for token in self.compared[0])
+            return f"{answer} rather than {rival}"
+        return short(self.answer.strip(), 48)
+
     def __rich__(self) -> RenderableType:
         """The strongest parts for and against the answer."""
-        head = Text.assemble(
-            f"What {_NAMED[self.sites]} did to ",
-            (short(self.answer.strip(), 30), "bold"),
-            f" rather than {short(self.against.strip(), 30)}" if self.against else "",
-        )
+        head = Text(f"What {_NAMED[self.sites]} did to ").append(self._asked, "bold")
         about = f"by {self.by}; margin {self.margin:.2f} nats"
         if self.corrupted_margin is not None:
-            about += f", {self.corrupted_margin:.2f} behind the corrupted prompt"
+            about += f", {self.corrupted_margin:.2f} corrupted"
         if self.tried is not None:
             about += f"; {self.tried:,} patched"
         parts: list[RenderableType] = [head, Text(f"{about}, at {self.version.split(':')[0]}", "dim"), Text()]
@@ -104,7 +112,8 @@ class Attribution(_Value, Shown):
             labelled = self.sites == "neurons"
             shown = table(title, "nats>", "share>", "at>", "token", *(("writes",) if labelled else ()))
             for each in found:
-                label = each.label.text(negative=False, tokens=3) if each.label is not None else ""
+                negative = each.activation is not None and each.activation < 0
+                label = each.label.text(negative=negative, tokens=3) if each.label is not None else ""
                 row: list[Any] = [Text(each.name, "bold"), f"{each.push:+.3f}", f"{each.share:.2%}", str(each.position)]
                 shown.add_row(*row, quoted(each.token), *((Text(label),) if labelled else ()))
             parts += [shown, Text()]
@@ -114,7 +123,10 @@ class Attribution(_Value, Shown):
         return Group(*parts)
 
     def picture(self) -> Figure:
-        """A heat map, layers by tokens: red pushed the answer, blue pushed against it."""
+        """A heat map, layers by tokens: red pushed the answer, blue pushed against it.
+
+        It begins at the first token that did anything: what stands before a corrupted prompt's first change did not.
+        """
         from plotly import graph_objects
 
         figure = graph_objects.Figure(
@@ -126,14 +138,21 @@ class Attribution(_Value, Shown):
                 hovertemplate="layer %{y}, position %{x}: %{z:.3f} nats<extra></extra>",
             )
         )
-        against = f" rather than {short(self.against.strip(), 30)}" if self.against else ""
         summed = ", summed" if self.sites in ("neurons", "heads") else ""
         figure.update_layout(
-            title=f"{short(self.answer.strip(), 30)}{against}: {_NAMED[self.sites]} by {self.by}{summed}",
+            title=f"{self._asked}: {_NAMED[self.sites]} by {self.by}{summed}",
             template="plotly_white",
         )
         shown = [repr(token)[1:-1] for token in self.tokens]
-        figure.update_xaxes(title="token", tickvals=list(range(len(shown))), ticktext=shown, tickangle=-60)
+        moved = torch.tensor(self.grid).abs().amax(0)
+        first = int((moved > _NOISE * moved.max()).int().argmax())
+        figure.update_xaxes(
+            title="token",
+            tickvals=list(range(len(shown))),
+            ticktext=shown,
+            tickangle=-60,
+            range=[first - 0.5, len(shown) - 0.5],
+        )
         figure.update_yaxes(title="layer")
         return figure
 
@@ -194,6 +213,8 @@ def attribute(
         else:
             found = part_pushes(engine, asked, (sites,), by)[sites]
         margins = [None if ids is None else _margin(engine, asked, ids) for ids in (asked.tokens, asked.corrupted)]
+        points = points_of(engine.sites, "neurons") if sites == "neurons" else []
+        values = read(engine, asked.tokens, points, prompt=asked.prompt).values
         version = engine.version
     for layer, neuron in out:
         found[layer, :, neuron] = 0.0
@@ -212,6 +233,7 @@ def attribute(
                 token=read_there[part.position],
                 push=float(found[part]),
                 share=float(found[part]) / total if total else 0.0,
+                activation=float(values[points[part.layer].site][0, part.position, part.number]) if points else None,
                 label=known_labels.get((part.layer, part.number)),
             )
             for part in parts
@@ -228,6 +250,10 @@ def attribute(
         against=engine.format.decode(rivals) if rivals else None,
         corrupted=other,
         tokens=tuple(read_there),
+        compared=tuple(
+            (token_text(engine, token), token_text(engine, rival))
+            for token, rival in zip(asked.margin.tokens, asked.margin.rivals, strict=True)
+        ),
         margin=margins[0],
         corrupted_margin=margins[1],
         values=tuple(tuple(map(tuple, part)) for part in kept.permute(2, 0, 1).tolist()),

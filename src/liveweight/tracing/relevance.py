@@ -44,8 +44,8 @@ def rules(sites: ModelSites, chosen: Collection[Rule] = RELEVANCE) -> Iterator[N
             if "activation" in chosen:
                 hooks.callback(_activation(sites, layer).register_forward_hook(_activation_rule).remove)
             if "halves" in chosen and sites.gated:
-                point = sites.activation(f"layers.{layer}.mlp.neurons")
-                hooks.callback(point.on(lambda value: in_value(value, 0.5 * value)).remove)
+                down = sites.activation(f"layers.{layer}.mlp.neurons").module
+                hooks.callback(down.register_forward_pre_hook(_half_rule).remove)
             if "attention" in chosen:
                 for module, mask in _without_pattern(sites, layer):
                     hooks.callback(module.register_forward_hook(_value_rule(mask)).remove)
@@ -97,6 +97,11 @@ def _activation(sites: ModelSites, layer: int) -> nn.Module:
 
 def _activation_rule(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return in_value(output, args[0] * ratio(output, args[0]))
+
+
+def _half_rule(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Halve what the products of gate and up hand on, spare neurons' too: half of it goes to each factor."""
+    return (in_value(args[0], 0.5 * args[0]), *args[1:])
 
 
 # -------------------------------------------------------------------------------------------------------- attention
