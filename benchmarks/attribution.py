@@ -30,7 +30,7 @@ from torch import Tensor
 from liveweight.engines.fingerprints import write_atomically
 from liveweight.engines.transformers import TransformersEngine, load_engine
 from liveweight.tracing.part_pushes import Comparison, comparison, part_pushes, patched_pushes
-from liveweight.tracing.parts import KINDS, Kind
+from liveweight.tracing.parts import KINDS, PartKind
 from liveweight.tracing.patching import Part
 from liveweight.tracing.relevance import RELEVANCE, Rule
 
@@ -152,12 +152,12 @@ def _pair(
 
 def measure(
     engine: TransformersEngine, pair: Pair, generator: torch.Generator, zero: bool
-) -> dict[Kind, dict[str, Tensor]]:
+) -> dict[PartKind, dict[str, Tensor]]:
     """Every measure of one pair by kind, each (parts,) in one order."""
     start = pair.asked.start
     asked = replace(pair.asked, corrupted=None) if zero else pair.asked
-    estimates = {name: part_pushes(engine, asked, KINDS, by, chosen=rules) for name, (by, rules) in MEASURES.items()}  # type: ignore[arg-type]
-    found: dict[Kind, dict[str, Tensor]] = {}
+    estimates = {name: part_pushes(engine, asked, KINDS, by, chosen=rules) for name, (by, rules) in MEASURES.items()}
+    found: dict[PartKind, dict[str, Tensor]] = {}
     for kind in KINDS:
         values = {name: estimate[kind][:, start:] for name, estimate in estimates.items()}
         if kind == "neurons":
@@ -184,7 +184,7 @@ def _shifted(index: list[int], start: int) -> tuple[int, int, int]:
     return index[0], index[1] + start, index[2]
 
 
-def figures(measured: list[dict[Kind, dict[str, Tensor]]]) -> dict[str, Any]:
+def figures(measured: list[dict[PartKind, dict[str, Tensor]]]) -> dict[str, Any]:
     """By kind and measure: Pearson's correlation with patching over all parts of all pairs, and the mean over pairs."""
     return {
         kind: {

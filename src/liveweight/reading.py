@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from liveweight.engines.base import Message
 from liveweight.tracing import (
     Attribution,
-    Kind,
     Measure,
+    PartKind,
     SuperWeights,
     WhyReport,
     attribute,
@@ -61,7 +61,7 @@ class Reading:
         reply: Reply | str | int,
         *,
         by: Measure | None = None,
-        sites: Kind = "mlp",
+        sites: PartKind = "mlp",
         against: str | None = None,
         corrupted: str | None = None,
         top: int = 20,

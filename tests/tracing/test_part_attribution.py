@@ -19,7 +19,7 @@ from liveweight.errors import InvalidInput, Unsupported
 from liveweight.tracing import Attribution, attribute
 from liveweight.tracing import part_attribution as reports
 from liveweight.tracing.part_pushes import Comparison, comparison, part_pushes, parts_of, patched_pushes
-from liveweight.tracing.parts import KINDS, Kind, margin_of, read
+from liveweight.tracing.parts import KINDS, PartKind, margin_of, read
 from liveweight.tracing.relevance import rules
 from reference_forward import Act, Reference
 from tests.tracing.tiny_engines import tiny_engine
@@ -32,13 +32,13 @@ BIAS_FREE = ("mistral", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2")  # an
 Place = tuple[int, int, int]  # layer, position, number
 
 
-def site_of(kind: Kind, layer: int) -> str:
+def site_of(kind: PartKind, layer: int) -> str:
     """The name that the pass by hand gives to where a kind of part is."""
     named = {"neurons": "mlp.neurons", "mlp": "mlp.write", "heads": "attn.heads", "resid": "resid"}
     return f"layers.{layer}.{named[kind]}"
 
 
-def size_of(engine: TransformersEngine, kind: Kind) -> int:
+def size_of(engine: TransformersEngine, kind: PartKind) -> int:
     return {"neurons": 1, "heads": engine.sites.head_dim}.get(kind, WIDTH)
 
 
@@ -112,7 +112,7 @@ def values_of(engine: TransformersEngine, tokens: tuple[int, ...]) -> dict[str, 
 
 
 def replacing(
-    engine: TransformersEngine, kind: Kind, place: Place, other: dict[str, Tensor]
+    engine: TransformersEngine, kind: PartKind, place: Place, other: dict[str, Tensor]
 ) -> Callable[[str, Tensor], Tensor]:
     """Put one part's other value in: from `other`, or zero."""
     layer, position, number = place
@@ -129,7 +129,7 @@ def replacing(
     return at
 
 
-def places(engine: TransformersEngine, asked: Comparison, kind: Kind) -> list[Place]:
+def places(engine: TransformersEngine, asked: Comparison, kind: PartKind) -> list[Place]:
     """A few parts of every layer, at two positions."""
     last = len(asked.tokens) - 1
     number = {"neurons": 17, "heads": 2}.get(kind, 0)
@@ -360,7 +360,7 @@ def test_experts_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by", ["gradient", "direct", "relp", "patching"])
 @pytest.mark.parametrize("sites", KINDS)
-def test_a_report_holds_every_value_its_strongest_parts_and_a_picture(sites: Kind, by: Any, tmp_path: Path) -> None:
+def test_a_report_holds_every_value_its_strongest_parts_and_a_picture(sites: PartKind, by: Any, tmp_path: Path) -> None:
     engine = tiny_engine("gemma2", tmp_path)
     report = attribute(
         engine, QUESTION, "cat", by=by, sites=sites, against="cow", corrupted=OTHER, top=4, cache_dir=tmp_path

@@ -25,7 +25,7 @@ from liveweight.tracing.part_attribution import (
     attribute,
 )
 from liveweight.tracing.part_pushes import Measure
-from liveweight.tracing.parts import Kind
+from liveweight.tracing.parts import PartKind
 from liveweight.tracing.protection import Touch, protect, spare
 from liveweight.tracing.stepping import Edit, Ending, Entry, LensRow, Run, View
 from liveweight.tracing.super_weights import (
@@ -45,12 +45,12 @@ __all__ = [
     "Ending",
     "Entry",
     "Firing",
-    "Kind",
     "LensRow",
     "Measure",
     "Neuron",
     "NeuronLabel",
     "NeuronPush",
+    "PartKind",
     "PartPush",
     "Ranked",
     "Run",

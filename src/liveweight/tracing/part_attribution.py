@@ -32,7 +32,7 @@ from liveweight.tracing.part_pushes import (
     parts_of,
     patched_pushes,
 )
-from liveweight.tracing.parts import KINDS, Kind, points_of, read
+from liveweight.tracing.parts import KINDS, PartKind, points_of, read
 from liveweight.tracing.patching import Part, Progress
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Attribution(_Value, Shown):
     model: str
     version: str
     by: Measure
-    sites: Kind
+    sites: PartKind
     answer: str
     against: str | None  # the other answer, or None: each token's runner-up
     corrupted: str | None  # the prompt that the other values come from; None: they are zero
@@ -157,7 +157,7 @@ class Attribution(_Value, Shown):
         return figure
 
 
-_NAMED: Mapping[Kind, str] = {
+_NAMED: Mapping[PartKind, str] = {
     "neurons": "neurons",
     "mlp": "MLP outputs",
     "heads": "attention heads",
@@ -171,7 +171,7 @@ def attribute(
     answer: str | Sequence[int],
     *,
     by: Measure | None = None,
-    sites: Kind = "mlp",
+    sites: PartKind = "mlp",
     against: str | Sequence[int] | None = None,
     corrupted: Sequence[Message] | None = None,
     top: int = 20,

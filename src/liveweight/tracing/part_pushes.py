@@ -25,7 +25,17 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
 from liveweight.sites import ActivationPoint, ModelSites
 from liveweight.tracing.capture import require_dense
-from liveweight.tracing.parts import Kind, Margin, PartReading, count_of, margin_of, points_of, read, split, writes_of
+from liveweight.tracing.parts import (
+    Margin,
+    PartKind,
+    PartReading,
+    count_of,
+    margin_of,
+    points_of,
+    read,
+    split,
+    writes_of,
+)
 from liveweight.tracing.patching import Part, Progress, lost_by_patching
 from liveweight.tracing.relevance import RELEVANCE, Rule, rules
 
@@ -78,11 +88,11 @@ def comparison(
 def part_pushes(
     engine: TransformersEngine,
     asked: Comparison,
-    kinds: Sequence[Kind],
+    kinds: Sequence[PartKind],
     by: Estimate,
     *,
     chosen: Collection[Rule] = RELEVANCE,
-) -> dict[Kind, Tensor]:
+) -> dict[PartKind, Tensor]:
     """What each part did to the margin, estimated on one forward and one backward pass; a kind, (layers, T, parts).
 
     One more forward pass where there is a corrupted prompt. `chosen` are the rules of `relp`. Raises Unsupported for a
@@ -151,7 +161,7 @@ def _product(value: Tensor, gradient: Tensor, other: Mapping[str, Tensor], site:
     return (gradient * apart).float()
 
 
-def parts_of(engine: TransformersEngine, asked: Comparison, kind: Kind) -> list[Part]:
+def parts_of(engine: TransformersEngine, asked: Comparison, kind: PartKind) -> list[Part]:
     """Every part of a kind at the positions where the runs differ."""
     return [
         Part(layer, position, index)
@@ -164,7 +174,7 @@ def parts_of(engine: TransformersEngine, asked: Comparison, kind: Kind) -> list[
 def patched_pushes(
     engine: TransformersEngine,
     asked: Comparison,
-    kind: Kind,
+    kind: PartKind,
     parts: Sequence[Part] | None = None,
     *,
     progress: Progress | None = None,

@@ -19,8 +19,8 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
 from liveweight.sites import ActivationPoint, ModelSites
 
-Kind = Literal["neurons", "mlp", "heads", "resid"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+PartKind = Literal["neurons", "mlp", "heads", "resid"]
+KINDS: tuple[PartKind, ...] = get_args(PartKind)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class PartReading:
     final: Tensor  # (1, T, width), what leaves the final norm
 
 
-def points_of(sites: ModelSites, kind: Kind) -> list[ActivationPoint]:
+def points_of(sites: ModelSites, kind: PartKind) -> list[ActivationPoint]:
     """Where the parts of a kind are, a layer. An MLP's output is what it adds to the stream, behind any norm."""
     match kind:
         case "neurons":
@@ -123,7 +123,7 @@ def writes_of(sites: ModelSites, part: Literal["attn", "mlp"]) -> list[Activatio
     return [point for point in sites.stream_writes() if point.site.endswith(f".{part}.write")]
 
 
-def count_of(sites: ModelSites, kind: Kind, layer: int = 0) -> int:
+def count_of(sites: ModelSites, kind: PartKind, layer: int = 0) -> int:
     """How many parts of a kind a layer has at each position."""
     return {"neurons": sites.neurons_of(layer), "heads": sites.heads}.get(kind, 1)
 
@@ -161,7 +161,7 @@ def read(
     return PartReading(kept, final)
 
 
-def split(values: Tensor, kind: Kind, sites: ModelSites) -> Tensor:
+def split(values: Tensor, kind: PartKind, sites: ModelSites) -> Tensor:
     """What stands at a point, (1, T, size), as its parts: (T, parts, size of each)."""
     parts = sites.heads if kind == "heads" else values.shape[-1] if kind == "neurons" else 1
     return values[0].reshape(values.shape[1], parts, -1)

@@ -20,7 +20,7 @@ from liveweight.engines.prefix_tree import FixedCache
 from liveweight.engines.replay import full_cache, keys_and_values
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.sites import ActivationPoint
-from liveweight.tracing.parts import Kind, Margin, points_of
+from liveweight.tracing.parts import Margin, PartKind, points_of
 
 Progress = Callable[[int, int], None]  # done, of how many
 _TOKENS = 4096  # positions of one batch
@@ -47,7 +47,7 @@ def lost_by_patching(
     engine: TransformersEngine,
     tokens: Sequence[int],
     margin: Margin,
-    kind: Kind,
+    kind: PartKind,
     parts: Sequence[Part],
     replacement: Sequence[Tensor],
     *,
@@ -111,7 +111,7 @@ def _climb(
     engine: TransformersEngine,
     recorded: _Recorded,
     margin: Margin,
-    kind: Kind,
+    kind: PartKind,
     points: Sequence[ActivationPoint],
     parts: Sequence[Part],
     replacement: Sequence[Tensor],
@@ -139,7 +139,7 @@ def _climb(
 
 
 def _putting(
-    engine: TransformersEngine, kind: Kind, parts: Sequence[Part], before: int, start: int, replacement: Tensor
+    engine: TransformersEngine, kind: PartKind, parts: Sequence[Part], before: int, start: int, replacement: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """Put the parts of one layer, one a row, into rows `before` and on of what stands at its point."""
     size = replacement.shape[-1]
