@@ -15,7 +15,17 @@ from liveweight.adjustments.rounding import Clip
 from liveweight.engines.base import Message
 from liveweight.engines.export import export
 from liveweight.errors import InvalidInput
-from liveweight.tracing import Neuron, SuperWeights, WhyReport, find_super_weights, why
+from liveweight.tracing import (
+    Attribution,
+    Measure,
+    Neuron,
+    PartKind,
+    SuperWeights,
+    WhyReport,
+    attribute,
+    find_super_weights,
+    why,
+)
 from liveweight.tracing.atlas import Atlas, How, NeuronHits, Side, read_atlas
 from liveweight.tracing.clamping import Clamped, clamp, parse_clamps, parse_neuron
 from liveweight.tracing.clamping import adjustment as clamping
@@ -62,6 +72,37 @@ class Reading:
             against=against,
             top=top,
             cache_dir=self.settings.cache_dir,
+        )
+
+    def attribute(
+        self,
+        reply: Reply | str | int,
+        *,
+        by: Measure | None = None,
+        sites: PartKind = "mlp",
+        against: str | None = None,
+        corrupted: str | None = None,
+        top: int = 20,
+        progress: Progress | None = None,
+    ) -> Attribution:
+        """What each part of the model did to a reply, at every layer and token, under the present weights.
+
+        `sites` are neurons, mlp, heads or resid; `by` is gradient, direct, relp or patching. `corrupted` is a question
+        of as many tokens as the reply's: parts are compared with what they were there, else with zero.
+        """
+        found = self.reply(reply)
+        other = None if corrupted is None else _asking(found.prompt, corrupted)
+        return attribute(
+            self.engine,
+            found.prompt,
+            self._judge.spoken(found),
+            by=by,
+            sites=sites,
+            against=against,
+            corrupted=other,
+            top=top,
+            cache_dir=self.settings.cache_dir,
+            progress=progress,
         )
 
     def atlas(
@@ -212,3 +253,9 @@ class Reading:
         """
         more = () if adjustment is None else (Active(adjustment),)
         return export(self.engine, folder, (*self.engine.state, *more))
+
+
+def _asking(chat: Sequence[Message], question: str) -> tuple[Message, ...]:
+    """The same chat with another last question."""
+    last = max(place for place, message in enumerate(chat) if message.role == "user")
+    return (*chat[:last], Message("user", question), *chat[last + 1 :])

@@ -166,6 +166,30 @@ def test_why_shows_neurons_as_a_table_and_as_json(run: Run) -> None:
     assert "pushed it" in run("why").stdout
 
 
+def test_why_shows_parts_at_every_token_with_a_picture(run: Run, tmp_path: Path) -> None:
+    picture = tmp_path / "map"
+    other = QUESTION.replace("zed", "bed")
+    words = ["why", QUESTION, "--against", "q", "--corrupted", other, "--top", "3"]
+    found = parsed(run(*words, "--sites", "heads", "--by", "patching", "--picture", str(picture), "--json"))
+    assert (found["by"], found["sites"], found["corrupted"]) == ("patching", "heads", other)
+    assert found["tried"] > 0 and len(found["values"]) == 4 and len(found["values"][0][0]) == len(found["tokens"])
+    assert found["pictures"][0] == f"{picture}.html" and picture.with_suffix(".html").is_file()
+    for flags in (["--sites", "neurons"], ["--by", "direct"], ["--corrupted", other], []):
+        shown = run("why", *flags, "--top", "3").stdout
+        assert ("nats" in shown) and ("did to" in shown) == bool(flags)
+        assert max(map(len, shown.splitlines())) <= 80
+    assert parsed(run("why", "--sites", "resid", "--json"))["by"] == "relp"
+
+
+def test_why_refuses_parts_and_prompts_that_cannot_be(run: Run) -> None:
+    run("ask", QUESTION)
+    assert "none of" in told(run("why", "--by", "magic", "--json", code=2))["message"]
+    assert "none of" in told(run("why", "--sites", "layers", "--json", code=2))["message"]
+    error = told(run("why", "--corrupted", "who?", "--json", code=2))
+    assert "tokens" in error["message"] and error["hint"]
+    assert "is empty" in told(run("why", "--corrupted", " ", "--json", code=2))["message"]
+
+
 def test_step_stops_edits_and_tells_the_next_token_before_and_after(run: Run, tmp_path: Path) -> None:
     vector = tmp_path / "vector.json"
     vector.write_text(json.dumps([1.0] * 24))

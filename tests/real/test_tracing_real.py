@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import torch
 from liveweight.adjustments import Active, Adjustment, Clamp, LowRank, ScaleNeurons
 from liveweight.engines.base import Message, Sampling, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.tracing import find_super_weights, label_neurons, protect, rank_neurons, spare, why
+from liveweight.tracing import attribute, find_super_weights, label_neurons, protect, rank_neurons, spare, why
 
 if TYPE_CHECKING:
     from liveweight.engines.model_source import LoadedModel
@@ -94,3 +94,22 @@ def test_a_label_says_what_clamping_the_neuron_does(embedded: LoadedModel, tmp_p
     high, low = logprobs(20.0), logprobs(-20.0)
     assert high[0] > low[0] + 2  # nats
     assert high[1] < low[1]
+
+
+def test_relevance_finds_the_parts_that_patching_finds(embedded: LoadedModel) -> None:
+    engine = TransformersEngine(embedded)
+    asked, other = ([Message("user", f"What is the capital of {name}?")] for name in ("France", "Italy"))
+    begun = "The capital of France is"
+    words: dict[str, Any] = {"against": f"{begun} Rome", "corrupted": other, "top": 5}
+    found = {
+        by: attribute(engine, asked, f"{begun} Paris", by=by, sites="resid", **words) for by in ("relp", "patching")
+    }
+    true, estimated = found["patching"], found["relp"]
+    assert true.corrupted_margin is not None and true.margin > 0
+    values = [torch.tensor(each.grid).flatten() for each in (true, estimated)]
+    assert float(torch.corrcoef(torch.stack(values))[0, 1]) > 0.8
+    # In the last layer only the position that is read counts, and it carries all that the corrupted prompt costs.
+    assert true.grid[-1][-1] == pytest.approx(true.margin - true.corrupted_margin, abs=1e-3)
+    assert max(map(abs, true.grid[-1][:-1])) < 1e-3
+    # In the first layers the question's own word does.
+    assert true.tokens[true.pushed[0].position].strip() == "France"

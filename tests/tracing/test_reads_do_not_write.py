@@ -14,8 +14,18 @@ from hypothesis import strategies as st
 from liveweight.adjustments import Active, Adjustment, Gain, LowRank, Op, ScaleNeurons, Steer
 from liveweight.engines.base import Message, Sampling
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.tracing import find_super_weights, label_layer, label_neurons, rank_neurons, read_answer, why
+from liveweight.tracing import (
+    attribute,
+    find_super_weights,
+    label_layer,
+    label_neurons,
+    rank_neurons,
+    read_answer,
+    why,
+)
+from liveweight.tracing.clamping import clamp
 from liveweight.tracing.massive import massive
+from liveweight.tracing.neuron_page import neuron_page
 from liveweight.tracing.quantization import Scheme, quantization
 from liveweight.tracing.sparsity import sparsity
 from tests.tracing.test_super_weights import model_with_a_super_weight
@@ -23,7 +33,24 @@ from tests.tracing.tiny_engines import engine_around, tiny_engine
 from tiny_models import NEURONS, WIDTH, bytes_of
 
 QUESTION = [Message("user", "what is it?")]
-READS = ("find", "why", "why against", "rank", "read", "labels", "layer", "massive", "sparsity", "quantise", "failing")
+OTHER = [Message("user", "what is at?")]
+READS = (
+    "find",
+    "why",
+    "why against",
+    "rank",
+    "read",
+    "labels",
+    "layer",
+    "parts",
+    "patched",
+    "massive",
+    "sparsity",
+    "quantise",
+    "page",
+    "clamp",
+    "failing",
+)
 
 
 def everything(engine: TransformersEngine) -> dict[str, Any]:
@@ -83,12 +110,22 @@ def read(engine: TransformersEngine, what: str, answer: tuple[int, ...], cache: 
             label_neurons(engine, [(0, 3), (2, 8)], cache_dir=cache)
         case "layer":
             label_layer(engine, 1, cache_dir=cache)
+        case "parts":
+            for by in ("gradient", "direct", "relp"):
+                attribute(engine, QUESTION, answer, by=by, sites="heads", corrupted=OTHER)
+            attribute(engine, QUESTION, answer, by="relp", sites="neurons", exclude=(), labels=False)
+        case "patched":
+            attribute(engine, QUESTION, answer, by="patching", sites="mlp", corrupted=OTHER)
         case "massive":
             massive(engine, "the cat sat", tokens=9)
         case "sparsity":
             sparsity(engine, tokens=8, layers=len(answer) == 1)
         case "quantise":
             quantization(engine, Scheme(4, (8, 8), "z", 3.0, activations=8), tokens=8, cache_dir=cache)
+        case "page":
+            neuron_page(engine, (1, 3), "the cat sat on it.", tokens=12, cache_dir=cache)
+        case "clamp":
+            clamp(engine, {(1, 3): 2.0}, prompt, max_tokens=2, cache_dir=cache)
         case _:
             with pytest.raises(ValueError, match="begin alike"):
                 why(engine, QUESTION, answer, against=answer, exclude=())

@@ -31,7 +31,7 @@ class FixedCache(DynamicCache):
     """Keys and values that are read and never added to; what a pass computes is left in `new`."""
 
     def __init__(self, model: PreTrainedModel, past: KeysAndValues) -> None:
-        """Take a past of one length for all rows."""
+        """Take a past of one length for all rows; of one row only, it is every row's."""
         super().__init__(config=model.config)
         self._past = past
         self._length = past[0][0].shape[-2]
@@ -51,6 +51,8 @@ class FixedCache(DynamicCache):
         keys, values = self._past[layer_idx]
         if not keys.shape[-2]:
             return key_states, value_states
+        if len(keys) == 1:
+            keys, values = (each.expand(len(key_states), -1, -1, -1) for each in (keys, values))
         return torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

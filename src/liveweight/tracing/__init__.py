@@ -19,6 +19,13 @@ from liveweight.tracing.neuron_labels import (
     label_layer,
     label_neurons,
 )
+from liveweight.tracing.part_attribution import (
+    Attribution,
+    PartPush,
+    attribute,
+)
+from liveweight.tracing.part_pushes import Measure
+from liveweight.tracing.parts import PartKind
 from liveweight.tracing.protection import Touch, protect, spare
 from liveweight.tracing.stepping import Edit, Ending, Entry, LensRow, Run, View
 from liveweight.tracing.super_weights import (
@@ -32,15 +39,19 @@ from liveweight.tracing.super_weights import (
 __all__ = [
     "AnswerReading",
     "AnswerToken",
+    "Attribution",
     "Decoded",
     "Edit",
     "Ending",
     "Entry",
     "Firing",
     "LensRow",
+    "Measure",
     "Neuron",
     "NeuronLabel",
     "NeuronPush",
+    "PartKind",
+    "PartPush",
     "Ranked",
     "Run",
     "SuperWeight",
@@ -49,6 +60,7 @@ __all__ = [
     "Touch",
     "View",
     "WhyReport",
+    "attribute",
     "decode_directions",
     "find_super_weights",
     "known_super_weights",

@@ -133,11 +133,11 @@ def why(
         raise InvalidInput(f"{top} neurons cannot be listed.", hint="Give top=1 or more.")
     require_dense(engine)
     prompt = engine.encode(messages)
-    tokens = _tokens(engine, prompt, answer)
-    rivals = _tokens(engine, prompt, against) if against is not None else ()
+    tokens = answer_ids(engine, prompt, answer)
+    rivals = answer_ids(engine, prompt, against) if against is not None else ()
     if against is not None and not rivals:
         raise InvalidInput("The answer to compare with is empty.", hint="Leave it out to compare with the runner-up.")
-    excluded = _excluded(engine, exclude, cache_dir)
+    excluded = excluded_neurons(engine, exclude, cache_dir)
     reading = read_answer(engine, prompt, tokens, against=rivals, gradients=True)
     pushes = reading.pushes()  # (layers, P, neurons)
     summed = pushes.sum(1)
@@ -195,13 +195,14 @@ def rank_neurons(
     collection is nobody. `limit` keeps that many from the front. Raises as `read_answer` does.
     """
     require_dense(engine)
-    excluded = _excluded(engine, exclude, None)
+    excluded = excluded_neurons(engine, exclude, None)
     return _ranking(neuron_pushes(engine, prompt, answer, against), excluded, limit)
 
 
-def _excluded(
+def excluded_neurons(
     engine: TransformersEngine, exclude: Collection[Neuron] | None, cache_dir: Path | None
 ) -> frozenset[Neuron]:
+    """What a ranking leaves out: the model's super neurons where it is None. Raises UnknownSite for one not there."""
     if exclude is None:
         return super_neurons(engine, cache_dir)
     for layer, neuron in exclude:
@@ -241,8 +242,8 @@ def _describe(
         share=ranked.push / total if total else 0.0,
         activation=float(reading.activations[ranked.layer, row, ranked.neuron]),
         position=len(reading.prompt) - 1 + row,
-        token=_text(engine, read),
-        predicts=_text(engine, reading.answer[row]),
+        token=token_text(engine, read),
+        predicts=token_text(engine, reading.answer[row]),
         label=labels.get((ranked.layer, ranked.neuron)),
     )
 
@@ -260,17 +261,18 @@ def _answer_tokens(
     return tuple(
         AnswerToken(
             id=token,
-            text=_text(engine, token),
+            text=token_text(engine, token),
             probability=probability,
             rival_id=rival,
-            rival=None if rival is None else _text(engine, rival),
+            rival=None if rival is None else token_text(engine, rival),
             margin=None if rival is None else float(row[token] - row[rival]),
         )
         for token, probability, rival, row in zip(reading.answer, probabilities, rivals, logits, strict=True)
     )
 
 
-def _tokens(engine: TransformersEngine, prompt: Sequence[int], answer: str | Sequence[int]) -> tuple[int, ...]:
+def answer_ids(engine: TransformersEngine, prompt: Sequence[int], answer: str | Sequence[int]) -> tuple[int, ...]:
+    """An answer's token ids, of a text as the model would write it behind `prompt`. Raises InvalidInput."""
     if isinstance(answer, str):
         return tuple(engine.format.encode_continuation(prompt, answer))
     wrong = next((token for token in answer if not 0 <= token < engine.info.vocabulary), None)
@@ -281,5 +283,6 @@ def _tokens(engine: TransformersEngine, prompt: Sequence[int], answer: str | Seq
     return tuple(answer)
 
 
-def _text(engine: TransformersEngine, token: int) -> str:
+def token_text(engine: TransformersEngine, token: int) -> str:
+    """One token as text."""
     return str(engine.format.tokenizer.decode([token]))
