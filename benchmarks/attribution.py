@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -77,7 +78,7 @@ def main() -> None:
     engine = load_engine(given.model, threads=given.threads)
     begun = time.perf_counter()
     with Progress(console=console) as bar:
-        pairs = list(pairs_of(engine, given.data / "relations", random.Random(given.seed)))[: given.pairs]
+        pairs = list(islice(pairs_of(engine, given.data / "relations", random.Random(given.seed)), given.pairs))
         console.print(f"{len(pairs)} pairs of {len({pair.relation for pair in pairs})} relations")
         generator = torch.Generator().manual_seed(given.seed)
         measured = [measure(engine, pair, generator, given.zero) for pair in bar.track(pairs)]

@@ -183,8 +183,8 @@ def attribute(
     """Explain an answer to a chat by the parts of one kind, at every layer and token, under the present weights.
 
     `answer` and `against` are texts, or tokens as the model gave them; the margin is `margin_of`'s. `corrupted` is the
-    chat that each part's other value comes from, of as many tokens; None is zero for each. `by` None is what comes
-    nearest to patching: gradient for neurons, relp for the rest. Neurons are patched only where relp ranks them among
+    chat that each part's other value comes from, of as many tokens; None is zero for each. `by` None is what correlates
+    best with patching: gradient for neurons, relp for the rest. Neurons are patched only where relp ranks them among
     the CANDIDATES strongest. `exclude` are neurons left out, None the super neurons. Raises InvalidInput for a measure,
     a kind or a prompt that cannot be, and Unsupported for a model with experts.
     """
