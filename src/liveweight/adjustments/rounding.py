@@ -7,7 +7,7 @@ greatest value,
     step = (max - min) / (2^bits - 1)        w' = min + step · round((w - min) / step)
 
 What is held out is replaced by its block's median first, so that it widens no step, and put back afterwards. Source: Yu
-et al. 2024, "The Super Weight in Large Language Models" (arXiv:2411.07191), section 5: clip, round, restore. Knows
+et al. 2024, "The Super Weight in Large Language Models" (arXiv:2411.07191): clip, round, restore. Knows
 nothing of models. The same bits with any number of threads: sums are made in pieces that no thread divides.
 """
 

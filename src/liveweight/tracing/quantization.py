@@ -3,7 +3,7 @@
 Owns which weights are rounded (the linear weights of the blocks; embeddings, unembedding, norms, biases and routers
 only where asked for, or never), the adjustment that says so, and the measurement: perplexity with and without the super
 weights, and the super neurons' activations, held out. Source: Yu et al. 2024, "The Super Weight in Large Language
-Models" (arXiv:2411.07191), section 5; the paper rounds weights in square blocks and clips them at a z-score. The
+Models" (arXiv:2411.07191); the paper rounds weights in square blocks and clips them at a z-score. The
 arithmetic is `adjustments/rounding.py`. Knows nothing of files or of guards.
 """
 

@@ -2,7 +2,7 @@
 
 Owns these measurements, always of the base. Source: Yu et al. 2024, "The Super Weight in Large Language Models"
 (arXiv:2411.07191): the down projection's input and output spike in one layer, the residual stream keeps the spike from
-there on (their figures 3 and 4), and scaling the weight a little changes quality smoothly (their figure 6). Finding and
+there on, and scaling the weight a little changes quality smoothly. Finding and
 confirming super weights is `super_weights.py`'s.
 """
 
