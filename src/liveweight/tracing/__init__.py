@@ -10,7 +10,11 @@ from liveweight.tracing.attribution import (
     why,
 )
 from liveweight.tracing.capture import AnswerReading, Neuron, read_answer
+from liveweight.tracing.feature_report import Context, Feature, FeatureNeuron, Features, FeatureSettings
+from liveweight.tracing.features import find_features, labelled, last_features, residual_directions
 from liveweight.tracing.firing import Firing, read_firing
+from liveweight.tracing.model_diff import diff
+from liveweight.tracing.model_diff_report import LayerLabels, ModelDiff, NeuronMove, SiteChange
 from liveweight.tracing.neuron_labels import (
     Decoded,
     NeuronLabel,
@@ -32,17 +36,26 @@ from liveweight.tracing.super_weights import (
 __all__ = [
     "AnswerReading",
     "AnswerToken",
+    "Context",
     "Decoded",
     "Edit",
     "Ending",
     "Entry",
+    "Feature",
+    "FeatureNeuron",
+    "FeatureSettings",
+    "Features",
     "Firing",
+    "LayerLabels",
     "LensRow",
+    "ModelDiff",
     "Neuron",
     "NeuronLabel",
+    "NeuronMove",
     "NeuronPush",
     "Ranked",
     "Run",
+    "SiteChange",
     "SuperWeight",
     "SuperWeights",
     "TokenGuess",
@@ -50,15 +63,20 @@ __all__ = [
     "View",
     "WhyReport",
     "decode_directions",
+    "diff",
+    "find_features",
     "find_super_weights",
     "known_super_weights",
     "label_layer",
     "label_neurons",
+    "labelled",
+    "last_features",
     "neuron_pushes",
     "protect",
     "rank_neurons",
     "read_answer",
     "read_firing",
+    "residual_directions",
     "spare",
     "super_neurons",
     "why",
