@@ -14,13 +14,22 @@ from hypothesis import strategies as st
 from liveweight.adjustments import Active, Adjustment, Gain, LowRank, Op, ScaleNeurons, Steer
 from liveweight.engines.base import Message, Sampling
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.tracing import find_super_weights, label_layer, label_neurons, rank_neurons, read_answer, why
+from liveweight.tracing import (
+    diff,
+    find_features,
+    find_super_weights,
+    label_layer,
+    label_neurons,
+    rank_neurons,
+    read_answer,
+    why,
+)
 from tests.tracing.test_super_weights import model_with_a_super_weight
 from tests.tracing.tiny_engines import engine_around, tiny_engine
 from tiny_models import NEURONS, WIDTH, bytes_of
 
 QUESTION = [Message("user", "what is it?")]
-READS = ("find", "why", "why against", "rank", "read", "labels", "layer", "failing")
+READS = ("find", "why", "why against", "rank", "read", "labels", "layer", "features", "diff", "failing")
 
 
 def everything(engine: TransformersEngine) -> dict[str, Any]:
@@ -80,6 +89,11 @@ def read(engine: TransformersEngine, what: str, answer: tuple[int, ...], cache: 
             label_neurons(engine, [(0, 3), (2, 8)], cache_dir=cache)
         case "layer":
             label_layer(engine, 1, cache_dir=cache)
+        case "features":
+            few = {"layer": 1, "k": 3, "share": 0.2, "tokens": 60, "rounds": 2}
+            find_features(engine, **few, text="a cat sat on a mat. " * 5, cache_dir=cache)
+        case "diff":
+            diff(engine, engine)
         case _:
             with pytest.raises(ValueError, match="begin alike"):
                 why(engine, QUESTION, answer, against=answer, exclude=())

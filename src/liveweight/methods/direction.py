@@ -122,10 +122,13 @@ def directed(
 
     with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
         bar.add_task(f"Calibrating {name}", total=None)
-        few = Rows(engine, [neutral[place] for place in spread(len(neutral), _FEW)], [layer])
-        stream = float(torch.cat([each[1:] for each in few.streams[layer]]).float().norm(dim=-1).mean())
-        found, _, _ = search(few, _FIRST * stream / float(vector.norm()), _ROUGH, _ROUGH_TRIALS)
-        found, curve, reached = search(Rows(engine, neutral, [layer]), found.factor, _AIM, _TRIALS)
+        rows = Rows(engine, [neutral[place] for place in spread(len(neutral), _FEW)], [layer])
+        stream = float(torch.cat([each[1:] for each in rows.streams[layer]]).float().norm(dim=-1).mean())
+        first = _FIRST * stream / float(vector.norm())
+        if len(neutral) > len(rows):
+            first = search(rows, first, _ROUGH, _ROUGH_TRIALS)[0].factor
+            rows = Rows(engine, neutral, [layer])
+        found, curve, reached = search(rows, first, _AIM, _TRIALS)
     if not reached and abs(found.kl(measure) / target - 1.0) > TOLERANCE:
         raise NoMendFound(
             f"No strength of {name} has a {measure} KL of {target:g}: {found.kl(measure):.3g} is nearest.",
