@@ -82,6 +82,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=100, help="features of each of the two sets")
     parser.add_argument("--kl", type=float, default=0.3, help="mean KL on neutral contexts, in nats")
     parser.add_argument("--text", type=Path, default=None, help="plain English to factorise instead of what ships")
+    parser.add_argument(
+        "--against", choices=("neutral", "others"), default="neutral", help="what a concept is told from"
+    )
     parser.add_argument("--concepts", default=",".join(CONCEPTS), help="which, by name")
     parser.add_argument("--json", type=Path, default=Path("features.json"), help="where the figures are written")
     parser.add_argument("--threads", type=int, default=None)
@@ -103,15 +106,16 @@ def main() -> None:
             "layer": layer,
             "k": given.k,
             "kl": given.kl,
+            "against": given.against,
             "errors": {"plain": plain.error, "own": own.error},
             "tokens": {"plain": plain.tokens, "own": own.tokens},
             "rows": [],
         }
-        none = [read(engine, layer, sentences(NEUTRAL, part)) for part in (0, 1)]
         print("| concept | " + " | ".join(ARMS) + " | feature, d | own feature, d |")
         print("|---|" + "---|" * (len(ARMS) + 2))
         for name in given.concepts.split(","):
             about = [read(engine, layer, sentences(CONCEPTS[name], part)) for part in (0, 1)]
+            none = [read(engine, layer, opposite(name, given.against, part)) for part in (0, 1)]
             words = unseen(engine, CONCEPTS[name])
             found = directions(engine, layer, about[0], none[0], {"feature": plain, "own feature": own})
             row: dict[str, Any] = {"concept": name, "words": len(words)}
@@ -134,6 +138,14 @@ def main() -> None:
 def sentences(words: str, part: int) -> list[str]:
     """Every template with each of a part's words."""
     return [template.format(word) for word in words.split()[EACH * part : EACH * (part + 1)] for template in TEMPLATES]
+
+
+def opposite(concept: str, against: str, part: int) -> list[str]:
+    """Sentences that are not about a concept: with neutral words, or one about each of the other concepts."""
+    if against == "neutral":
+        return sentences(NEUTRAL, part)
+    others = [words for name, words in CONCEPTS.items() if name != concept]
+    return [sentences(words, part)[number % EACH**2] for number, words in enumerate(others)]
 
 
 def unseen(engine: TransformersEngine, words: str) -> list[int]:

@@ -155,10 +155,6 @@ class _Moves:
         self.changed[layer] = self.changed.get(layer, torch.zeros(())) + moved
         self.parts.setdefault(layer, set()).add(found[2])
 
-    def written(self, layer: int, base: Tensor, other: Tensor) -> Tensor:
-        """Which neurons of a layer write otherwise, by their columns of down (width, neurons)."""
-        return (base != other).any(dim=0).nonzero()[:, 0]
-
 
 def top_tokens(engine: TransformersEngine, layer: int, neurons: list[int]) -> Tensor:
     """The token that each neuron's write column decodes into, (n,): the first of its label.
@@ -181,7 +177,8 @@ def _labels(pair: TwoModels, changed: set[str], moves: _Moves, progress: Progres
         if everywhere or (norm is not None and norm.site in changed):
             neurons = list(range(count))
         elif down in changed:
-            neurons = moves.written(layer, *pair.both(down)).tolist()
+            old_down, new_down = pair.both(down)  # (width, neurons)
+            neurons = (old_down != new_down).any(dim=0).nonzero()[:, 0].tolist()
         else:
             neurons = []
         if neurons or layer in moves.changed:
