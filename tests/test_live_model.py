@@ -53,7 +53,7 @@ def live(tmp_path: Path) -> Iterator[LiveModel]:
 
 
 def test_the_public_names_are_these_and_no_others() -> None:
-    assert liveweight.__all__ == ["Change", "LiveModel", "Reply", "Report", "__version__"]
+    assert liveweight.__all__ == ["Change", "LiveModel", "Reply", "Report", "__version__", "diff"]
     assert liveweight.LiveModel is LiveModel
     with pytest.raises(AttributeError, match="nothing"):
         _ = liveweight.nothing  # type: ignore[attr-defined]

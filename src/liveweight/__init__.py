@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from liveweight.live_model import LiveModel
     from liveweight.reports import Change, Reply, Report
+    from liveweight.tracing import diff
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"Change": "reports", "LiveModel": "live_model", "Reply": "reports", "Report": "reports"}
+_PUBLIC = {
+    "Change": "reports",
+    "LiveModel": "live_model",
+    "Reply": "reports",
+    "Report": "reports",
+    "diff": "tracing",
+}
 
-__all__ = ["Change", "LiveModel", "Reply", "Report", "__version__"]
+__all__ = ["Change", "LiveModel", "Reply", "Report", "__version__", "diff"]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,12 +38,13 @@ from liveweight.ledger import Event, Feedback, Ledger, Move, ProtectedAnswer
 from liveweight.lessons import Lesson, lesson
 from liveweight.methods.calibration import Measure
 from liveweight.methods.contrast import Contrast, Given, contrast, examples, judged
+from liveweight.methods.direction import Directed, directed
 from liveweight.methods.sides import Chat, Pair, of_pairs, of_sets, of_words, two_words
 from liveweight.methods.steer import How, Steering, steering
 from liveweight.reading import Reading
 from liveweight.reports import Change, Kind, Reply
 from liveweight.settings import Settings
-from liveweight.tracing import Run
+from liveweight.tracing import Features, Run
 
 Say = Callable[[str], None]
 ReplyLike = Reply | str | int  # the reply, "r3" or 3
@@ -378,6 +379,34 @@ class LiveModel(Reading):
                 neutral,
                 how=how,
                 layer=layer,
+                target=kl,
+                measure=measure,
+                progress=self._progress,
+            )
+
+    def steer_feature(
+        self, number: int, features: Features | None = None, *, kl: float = 0.5, measure: Measure = "p95"
+    ) -> Directed:
+        """A feature as a steering: its direction behind its layer, at the factor whose KL is `kl` nats; see `steer`.
+
+        Of `features`, or of those that were asked for last. Commit it with `live.apply(found.adjustment(strength))`; a
+        strength below 0 steers away. Raises InvalidInput for a feature that is not there, NoMendFound.
+        """
+        features = features or self.last_features()
+        feature = features[number]
+        name = f"feature {number} of layer {feature.layer}: {feature.promotes.text(3)}"
+        watched = [guess.id for guess in feature.promotes.top]
+        with self._whole():
+            self._say("reading what neutral questions are answered")
+            neutral = self.guard.references(progress=self._progress)
+            self._say("looking for the strength")
+            return directed(
+                self.engine,
+                name,
+                feature.layer,
+                features.written[number],
+                neutral,
+                watched=watched,
                 target=kl,
                 measure=measure,
                 progress=self._progress,

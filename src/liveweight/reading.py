@@ -17,13 +17,20 @@ from liveweight.engines.export import export
 from liveweight.errors import InvalidInput
 from liveweight.tracing import (
     Attribution,
+    Feature,
+    Features,
     Measure,
+    ModelDiff,
     Neuron,
     PartKind,
     SuperWeights,
     WhyReport,
     attribute,
+    diff,
+    find_features,
     find_super_weights,
+    labelled,
+    last_features,
     why,
 )
 from liveweight.tracing.atlas import Atlas, How, NeuronHits, Side, read_atlas
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
     from liveweight.settings import Settings
 
 Progress = Callable[[int, int], None]  # done, of how many
+Phases = Callable[[str, int, int], None]  # what, done, of how many
 
 
 class Reading:
@@ -253,6 +261,56 @@ class Reading:
         """
         more = () if adjustment is None else (Active(adjustment),)
         return export(self.engine, folder, (*self.engine.state, *more))
+
+    def features(
+        self,
+        *,
+        layer: int | None = None,
+        k: int = 100,
+        share: float = 0.02,
+        text: str | None = None,
+        text_name: str | None = None,
+        tokens: int = 8192,
+        rounds: int = 200,
+        seed: int = 0,
+        progress: Phases | None = None,
+    ) -> Features:
+        """Groups of neurons of a layer that fire together on a text, with what they fire on and what they write.
+
+        See `tracing.find_features`. Made once for the same weights and settings, then read from the cache.
+        """
+        return find_features(
+            self.engine,
+            layer=layer,
+            k=k,
+            share=share,
+            text=text,
+            text_name=text_name,
+            tokens=tokens,
+            rounds=rounds,
+            seed=seed,
+            cache_dir=self.settings.cache_dir,
+            progress=progress,
+        )
+
+    def last_features(self) -> Features:
+        """The features that were made or asked for last. Raises InvalidInput where there are none yet."""
+        found = last_features(self.engine, self.settings.cache_dir)
+        if found is None:
+            raise InvalidInput(
+                "There are no features of this model at its present weights yet.",
+                hint="Make them: liveweight features.",
+            )
+        return found
+
+    def feature(self, number: int, features: Features | None = None) -> Feature:
+        """One feature with labels at its neurons, of those given or of the last ones. Raises InvalidInput."""
+        found = (features or self.last_features())[number]
+        return labelled(self.engine, found, self.settings.cache_dir)
+
+    def diff(self, other: str, *, rank: int = 8, labels: bool = True, progress: Phases | None = None) -> ModelDiff:
+        """What another checkpoint of this architecture has otherwise than this model's base; see `tracing.diff`."""
+        return diff(self.engine, other, rank=rank, labels=labels, settings=self.settings, progress=progress)
 
 
 def _asking(chat: Sequence[Message], question: str) -> tuple[Message, ...]:

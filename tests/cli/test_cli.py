@@ -16,7 +16,7 @@ from liveweight.cli import app
 from liveweight.cli.demo import fingerprint
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS
-from tests.tiny_workspace import LOOSE, OTHER, QUESTION, SHOUT, tiny_settings
+from tests.tiny_workspace import LOOSE, OTHER, QUESTION, SHOUT, save_tiny_model, tiny_settings
 
 Run = Callable[..., Result]
 VERBS = [
@@ -33,6 +33,8 @@ VERBS = [
     "step",
     "contrast",
     "steer",
+    "features",
+    "diff",
     "changes",
     "show",
     "undo",
@@ -563,3 +565,82 @@ def test_a_super_weight_s_report_needs_a_super_weight(run: Run, tmp_path: Path) 
 )
 def test_wrong_usage_of_the_reading_verbs_is_said(run: Run, words: list[str], says: str) -> None:
     assert says in told(run(*words, "--json", code=2))["message"]
+
+
+FEW_FEATURES = ["features", "--layer", "1", "--k", "4", "--share", "0.2", "--tokens", "300", "--rounds", "5"]
+
+
+def test_features_are_listed_shown_by_number_steered_with_and_kept(run: Run, tmp_path: Path) -> None:
+    text, picture, saved = tmp_path / "text.txt", tmp_path / "map", tmp_path / "saved"
+    text.write_text("the cat sat on the mat. the dog lay by the door, and it rained all day. " * 9, "utf-8")
+    assert "no features" in told(run("features", "2", "--json", code=2))["message"]
+    found = parsed(run(*FEW_FEATURES, "--text", str(text), "--picture", str(picture), "--json"))
+    assert [each["number"] for each in found["list"]] == [0, 1, 2, 3]
+    assert found["features"]["settings"]["text"] == "text.txt" and found["features"]["errors"][-1] < 1
+    assert picture.with_suffix(".html").is_file()
+    one = parsed(run("features", "2", "--json"))
+    assert one["feature"]["contexts"] == found["list"][2]["contexts"]
+    assert all(each["label"] for each in one["feature"]["neurons"])
+    flags = ["--kl", "0.05", "--measure", "mean", "--prompt", QUESTION, "--json"]
+    steered = parsed(run("features", "2", "--steer", "1", "--save", str(saved), "--keep", *flags))
+    assert steered["steering"]["reached"] == pytest.approx(0.05, rel=0.1)
+    assert steered["change"]["state"] == "active" and (saved / "adjustment.json").is_file()
+    assert parsed(run("undo", "--json"))["state"] == "undone"
+    less = parsed(run("features", "2", "--steer", "-1", "--preview", *flags))
+    assert less["steering"]["factor"] == steered["steering"]["factor"]
+    assert less["change"]["state"] == "preview"
+
+
+def test_features_for_people_fit_80_columns(run: Run) -> None:
+    listed = run(*FEW_FEATURES).stdout
+    shown = run("features", "0", "--steer", "1", "--kl", "0.05", "--prompt", QUESTION).stdout
+    for word, where in (("error", listed), ("energy", listed), ("neuron", shown), ("effect", shown), ("with", shown)):
+        assert word in where
+    assert max(map(len, (listed + shown).splitlines())) <= 80
+
+
+def test_features_refuse_what_does_not_go_together(run: Run, tmp_path: Path) -> None:
+    for words, said in (
+        (["--steer", "1"], "which feature"),
+        (["1", "--steer", "0"], "changes nothing"),
+        (["1", "--keep"], "--steer"),
+        (["1", "--steer", "1", "--force"], "--keep"),
+        (["--measure", "max"], "none of"),
+        (["--layer", "9"], "layer 9"),
+        (["--text", str(tmp_path / "none")], "cannot be read"),
+    ):
+        assert said in told(run("features", *words, "--json", code=2))["message"]
+    run(*FEW_FEATURES)
+    assert "no feature 4" in told(run("features", "4", "--json", code=2))["message"]
+
+
+def test_diff_shows_saves_and_commits_what_another_model_has_otherwise(run: Run, tmp_path: Path) -> None:
+    one, other, saved = str(tmp_path / "model"), save_tiny_model(tmp_path / "other", seed=1), tmp_path / "saved"
+    words = ["diff", one, str(other), "--picture", str(tmp_path / "bars"), "--save", str(saved)]
+    found = parsed(run(*words, "--json"))
+    assert found["diff"]["changes"] and found["diff"]["labels"] and found["diff"]["moved"]
+    assert (saved / "adjustment.json").is_file() and (tmp_path / "bars.html").is_file()
+    assert parsed(run("changes", "--json")) == []
+    other_says = parsed(run("ask", QUESTION, "--model", str(other), "--workspace", str(tmp_path / "b"), "--json"))
+    kept = parsed(run("diff", one, str(other), "--no-labels", "--prompt", QUESTION, "--keep", "--force", "--json"))
+    assert (kept["change"]["state"], kept["change"]["method"]) == ("active", "diff")
+    assert parsed(run("ask", QUESTION, "--json"))["text"] == other_says["text"]
+    assert parsed(run("undo", "--json"))["state"] == "undone"
+    shown = run("diff", one, str(other)).stdout
+    for word in ("weights", "most changed", "keep their token", "wrote"):
+        assert word in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_diff_refuses_what_cannot_be(run: Run, tmp_path: Path) -> None:
+    one = str(tmp_path / "model")
+    for words, said in (
+        ([one, one, "--force"], "--keep"),
+        ([one, one, "--low-rank", "2"], "--save"),
+        ([one, one, "--prompt", "x"], "--keep"),
+        ([one, one, "--save", "x"], "the same"),
+        ([one, str(tmp_path / "none")], "no model"),
+    ):
+        code = 1 if said == "no model" else 2
+        assert said in told(run("diff", *words, "--json", code=code))["message"]
+    assert "are the same" in " ".join(run("diff", one, one).stdout.split())

@@ -11,7 +11,18 @@ import torch
 from liveweight.adjustments import Active, Adjustment, Clamp, LowRank, ScaleNeurons
 from liveweight.engines.base import Message, Sampling, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.tracing import attribute, find_super_weights, label_neurons, protect, rank_neurons, spare, why
+from liveweight.methods.direction import directed
+from liveweight.tracing import (
+    attribute,
+    diff,
+    find_features,
+    find_super_weights,
+    label_neurons,
+    protect,
+    rank_neurons,
+    spare,
+    why,
+)
 
 if TYPE_CHECKING:
     from liveweight.engines.model_source import LoadedModel
@@ -113,3 +124,58 @@ def test_relevance_finds_the_parts_that_patching_finds(embedded: LoadedModel) ->
     assert max(map(abs, true.grid[-1][:-1])) < 1e-3
     # In the first layers the question's own word does.
     assert true.tokens[true.pushed[0].position].strip() == "France"
+
+
+def test_features_find_tokens_that_belong_together_and_steering_with_one_makes_its_tokens_likelier(
+    embedded: LoadedModel, tmp_path: Path
+) -> None:
+    engine = TransformersEngine(embedded)
+    before = engine.fingerprints()
+    found = find_features(engine, k=40, tokens=2048, rounds=40, cache_dir=tmp_path)
+    assert 1900 < found.tokens <= 2048 and found.settings.layer == 22
+    assert 0.5 < found.error < 0.95
+    assert engine.fingerprints() == before
+    # The text has years, and a feature of digits fires on them and on nothing but numbers.
+    digits = [
+        each
+        for each in found.features
+        if sum(any(letter.isdigit() for letter in context.token + context.after[:4]) for context in each.contexts) >= 4
+    ]
+    assert digits
+
+    feature = digits[0]
+    prompts = ["The river rose and", "She opened the door of", "Nobody knew how the old", "It was late when they"]
+    neutral = [
+        ScoreItem(tuple(ids), tuple(engine.greedy([ids], 4)[0])) for ids in map(engine.format.encode_text, prompts)
+    ]
+    watched = [guess.id for guess in feature.promotes.top]
+    steered = directed(
+        engine, "digits", 22, found.written[feature.number], neutral, watched=watched, target=0.3, measure="mean"
+    )
+    assert steered.mean_kl == pytest.approx(0.3, rel=0.1)
+    assert steered.effect > 0.2  # nats
+
+
+def test_a_few_edited_layers_are_found_and_the_difference_makes_the_other_model_to_the_bit(
+    embedded: LoadedModel, model_cache: Path, tmp_path: Path
+) -> None:
+    from liveweight.engines.model_source import load, resolve
+    from liveweight.settings import Settings
+
+    settings = Settings(cache_dir=model_cache)
+    other = load(resolve("smollm2", settings=settings), device="cpu", progress=False)
+    generator = torch.Generator().manual_seed(0)
+    edited = {"layers.3.mlp.down_proj.weight", "layers.20.self_attn.q_proj.weight"}
+    for name, parameter in other.model.named_parameters():
+        if name.removeprefix("model.") in edited:
+            parameter.add_(0.05 * float(parameter.std()) * torch.randn(parameter.shape, generator=generator))
+    one, two = TransformersEngine(embedded, spare_neurons=0), TransformersEngine(other, spare_neurons=0)
+    found = diff(one, two, settings=settings)
+    assert [each.site for each in found.changes] == ["layers.3.mlp.down.weight", "layers.20.attn.q.weight"]
+    for each in found.changes:
+        assert each.share == pytest.approx(0.05, rel=0.05)
+        assert each.energy is not None and each.energy < 0.1  # noise has no low rank
+    assert [(each.layer, each.looked_at) for each in found.labels] == [(3, 1536)]
+    assert 0.7 < found.labels[0].kept < 1.0
+    one.become((Active(found.adjustment()),))
+    assert one.fingerprints() == two.fingerprints()

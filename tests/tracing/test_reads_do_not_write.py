@@ -16,6 +16,8 @@ from liveweight.engines.base import Message, Sampling
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.tracing import (
     attribute,
+    diff,
+    find_features,
     find_super_weights,
     label_layer,
     label_neurons,
@@ -49,6 +51,8 @@ READS = (
     "quantise",
     "page",
     "clamp",
+    "features",
+    "diff",
     "failing",
 )
 
@@ -126,6 +130,11 @@ def read(engine: TransformersEngine, what: str, answer: tuple[int, ...], cache: 
             neuron_page(engine, (1, 3), "the cat sat on it.", tokens=12, cache_dir=cache)
         case "clamp":
             clamp(engine, {(1, 3): 2.0}, prompt, max_tokens=2, cache_dir=cache)
+        case "features":
+            few = {"layer": 1, "k": 3, "share": 0.2, "tokens": 60, "rounds": 2}
+            find_features(engine, **few, text="a cat sat on a mat. " * 5, cache_dir=cache)
+        case "diff":
+            diff(engine, engine)
         case _:
             with pytest.raises(ValueError, match="begin alike"):
                 why(engine, QUESTION, answer, against=answer, exclude=())
