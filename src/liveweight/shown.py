@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
 _WIDTH = 100  # characters of a notebook's view
 
@@ -25,14 +25,21 @@ class Shown:
         """The result as text and tables."""
         raise NotImplementedError
 
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        """The same for a notebook, which otherwise would show every field."""
+        return {"text/plain": self._recorded().export_text(), "text/html": self._repr_html_()}
+
     def _repr_html_(self) -> str:
-        """The same for a notebook."""
+        form = '<pre style="font-family: monospace; line-height: 1.3; white-space: pre">{code}</pre>'
+        return self._recorded().export_html(inline_styles=True, code_format=form)
+
+    def _recorded(self) -> Console:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), record=True, width=_WIDTH, color_system="truecolor")
+        # Not a notebook's own console: that one shows what it prints beside what is returned here.
+        console = Console(file=io.StringIO(), record=True, width=_WIDTH, color_system="truecolor", force_jupyter=False)
         console.print(self)
-        form = '<pre style="font-family: monospace; line-height: 1.3; white-space: pre">{code}</pre>'
-        return console.export_html(inline_styles=True, code_format=form)
+        return console
 
 
 def table(*columns: str, title: str | None = None) -> Table:
