@@ -15,7 +15,18 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, NoMendFound
 from liveweight.live_model import LiveModel
 from liveweight.methods.base import Context
-from liveweight.methods.contrast import GONE, KEPT, LARGE_ENOUGH, LEVEL, Contrast, contrast, examples, propose
+from liveweight.methods.contrast import (
+    GONE,
+    KEPT,
+    LARGE_ENOUGH,
+    LEVEL,
+    Contrast,
+    Held,
+    _search,
+    contrast,
+    examples,
+    propose,
+)
 from liveweight.methods.trials import outcome
 from liveweight.settings import MethodSettings
 from tests.methods.tiny_cases import tiny_case
@@ -54,7 +65,7 @@ def test_the_first_side_s_answers_go_and_the_second_s_stay(architecture: str, tm
     assert adjustment.method == "contrast"
 
 
-def test_only_neurons_that_differ_surely_and_enough_are_taken_the_strongest_writers_first(tmp_path: Path) -> None:
+def test_only_neurons_that_differ_surely_and_enough_are_taken_the_strongest_first(tmp_path: Path) -> None:
     found = compared(tiny_engine("gpt2", tmp_path))
     neurons = found.neurons(1000)
     assert len(neurons) == found.eligible > 1
@@ -106,10 +117,27 @@ def test_a_smaller_share_takes_no_more_neurons_and_no_stronger_a_factor(tmp_path
 
 
 def test_what_cannot_be_done_is_said_with_what_was_tried(tmp_path: Path) -> None:
-    found = compared(tiny_engine("qwen3", tmp_path))
-    with pytest.raises(NoMendFound, match="0% gone") as error:
-        found.adjustment()
-    assert error.value.details["tried"]
+    nothing = compared(tiny_engine("qwen3", tmp_path))
+    assert nothing.eligible == 0
+    with pytest.raises(NoMendFound, match="pushes one of them alone"):
+        nothing.adjustment()
+    tried: list[str] = []
+    neurons = [((0, neuron), True) for neuron in range(20)]
+    assert _search("x", neurons, lambda _: Held(0.1, 1.0), GONE, 20, tried) is None
+    assert tried[:2] == ["16 neurons by 0.00: 10% gone, 100% kept", "20 neurons by 0.00: 10% gone, 100% kept"]
+    assert len(tried) == 6  # silenced, and turned round twice
+
+
+def test_where_the_fewest_neurons_leave_too_few_answers_more_of_them_are_moved_less() -> None:
+    def held(trial: Adjustment) -> Held:
+        moved = [float(1.0 - f) for op in trial.ops if isinstance(op, ScaleNeurons) for f in op.factors]
+        return Held(min(1.0, sum(moved) / 32), 1.0 - 0.07 * max(moved))
+
+    found = _search("x", [((0, neuron), True) for neuron in range(100)], held, GONE, 100, [])
+    assert found is not None
+    (op,) = found.ops
+    assert isinstance(op, ScaleNeurons) and len(op.neurons) == 45  # 32 would have to be moved too far
+    assert held(found).gone >= GONE and held(found).kept >= KEPT
 
 
 def test_answers_that_the_model_does_not_give_cannot_be_checked_on(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy import stats
 
-from liveweight.engines.base import ScoreItem
+from liveweight.engines.base import Objective, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, Unsupported
 from liveweight.tracing import SuperWeight, SuperWeights, super_neurons
-from liveweight.tracing.contrast import activations, separate
+from liveweight.tracing.contrast import read, separate
 from liveweight.tracing.super_weights import FORMAT
 from tests.tracing.tiny_engines import tiny_engine
 
@@ -35,7 +35,7 @@ def sides(engine: TransformersEngine, count: int = 7) -> tuple[list[ScoreItem], 
 def test_an_example_is_the_neurons_where_its_answer_is_due(architecture: str, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, tmp_path)
     items = [ScoreItem((5, 6, 7), (8,)), ScoreItem((9, 10, 11, 12), (13, 14, 15))]
-    found = activations(engine, items)
+    found, _ = read(engine, items)
     for row, item in enumerate(items):
         tokens = (*item.prompt, *item.continuation[:-1])
         for layer in range(engine.sites.layers):
@@ -48,7 +48,7 @@ def test_the_statistics_are_scipy_s_and_cohen_s(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     a, b = sides(engine)
     found = separate(engine, a, b)
-    values = activations(engine, [*a, *b]).double().numpy()
+    values = read(engine, [*a, *b])[0].double().numpy()
     first, second = values[: len(a)], values[len(a) :]
     welch = stats.ttest_ind(first, second, equal_var=False).pvalue
     pooled = np.sqrt(
@@ -64,21 +64,24 @@ def test_the_statistics_are_scipy_s_and_cohen_s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", FOUR)
-def test_push_is_what_the_mean_difference_writes_towards_the_one_answer(architecture: str, tmp_path: Path) -> None:
+def test_push_is_what_a_neuron_does_for_its_own_side_less_twice_what_it_does_for_the_other(
+    architecture: str, tmp_path: Path
+) -> None:
     engine = tiny_engine(architecture, tmp_path)
     a, b = sides(engine)
     found = separate(engine, a, b)
-    layer, neuron = 1, 3
-    site = engine.sites.mlp_part(layer, "down")
-    column = engine.weights.base(site)[:, neuron]
-    if engine.sites.map.norm_kind == "layer":
-        column = column - column.mean()
-    head = engine.weights.base("lm_head.weight")
-    towards = (column * engine.weights.base("final_norm.weight")) @ (
-        head[a[0].continuation[0]] - head[b[0].continuation[0]]
-    )
-    expected = (found.mean_a[layer, neuron] - found.mean_b[layer, neuron]) * towards
-    torch.testing.assert_close(found.push[layer, neuron], expected, atol=1e-5, rtol=1e-4)
+    for layer, neuron in ((1, 3), (0, 8), (2, 20)):
+        site = f"layers.{layer}.mlp.neurons"
+
+        def pushed(item: ScoreItem, site: str = site, neuron: int = neuron) -> float:
+            trace = engine.trace(item.prompt, [site], Objective(item.continuation))
+            return float((trace.values[site] * trace.gradients[site])[len(item.prompt) - 1, neuron])
+
+        own, other = [pushed(item) for item in a], [pushed(item) for item in b]
+        if abs(float(found.mean_a[layer, neuron])) < abs(float(found.mean_b[layer, neuron])):
+            own, other = other, own
+        expected = np.mean(own) - 2 * np.mean(np.maximum(other, 0))
+        assert float(found.push[layer, neuron]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def test_two_sides_with_the_same_answers_can_be_told_apart_too(tmp_path: Path) -> None:

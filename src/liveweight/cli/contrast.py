@@ -113,7 +113,7 @@ def neurons_view(found: Contrast, top: int) -> RenderableType:
     a, b = found.names
     head = Text.assemble((f"{a} ({len(found.a)})", "bold"), " against ", (f"{b} ({len(found.b)})", "bold"))
     tested = f"{found.significant:,} of {found.separation.tested:,} neurons differ (q < 0.05)"
-    head.append(f"\n{tested}; {found.eligible:,} of them by half a deviation, and write towards the answers", "dim")
+    head.append(f"\n{tested}; {found.eligible:,} of them by half a deviation, and push the answers", "dim")
     means = (f"{name[:8]}>" for name in (a, b))
     shown = table("neuron", "more in", "effect>", "q>", "consistent>", *means, "push>")
     for each in found.neurons(top):

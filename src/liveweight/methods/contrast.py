@@ -1,13 +1,13 @@
 """contrast: two sides of prompts, the neurons that tell them apart, and as few of them changed as does it.
 
-Owns choosing among the neurons by their statistics (those that differ surely, by half a deviation or more, and write
-towards the side's own answers; the strongest writers first), the search for how many and how strong, and both ways to
-it: two lists of prompts that a person gives, and one judged case against its neighbours. Knows nothing of how the
-statistics come about.
+Owns choosing among the neurons by their statistics (those that differ surely, by half a deviation or more, and push
+their own side's answers more than the other side's; the strongest first), the search for how many and how strong, and
+both ways to it: two lists of prompts that a person gives, and one judged case against its neighbours. Knows nothing of
+how the statistics come about.
 
 An effect size alone ranks what is *read* (a neuron may tell digits apart and write nothing of them), so that silencing
-the largest effects moves hardly any answer. What a neuron adds to the answers does, and the statistics then say which
-of these writers differ surely.
+the largest effects moves hardly any answer. What a neuron pushes the answers does, and the statistics then say which of
+these differ surely.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Contrast:
 
     @property
     def eligible(self) -> int:
-        """How many of them differ enough and write towards their side's answers: what an adjustment is made of."""
+        """How many of them differ enough and push their side's answers: what an adjustment is made of."""
         return len(ranked(self.separation))
 
     def neurons(self, top: int = 20) -> tuple[ContrastNeuron, ...]:
@@ -158,9 +158,10 @@ class Contrast:
         tried: list[str] = []
         found = _search(name, neurons, held, gone, most, tried, self.say)
         if found is None:
+            told = "; ".join(tried) or "no neuron tells the two sides apart and pushes one of them alone"
             raise NoMendFound(
                 f"No {most} neurons or fewer take {gone:.0%} of {self.names[0]}'s answers away and leave {KEPT:.0%} of "
-                f"{self.names[1]}'s. Tried: {'; '.join(tried) or 'no neuron tells the two sides apart'}.",
+                f"{self.names[1]}'s. Tried: {told}.",
                 hint="Give more prompts, or a second side that holds more of what is to stay.",
                 tried=tried,
             )
@@ -278,7 +279,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 
 
 def ranked(separation: Separation) -> list[Neuron]:
-    """The neurons that differ surely and enough and write towards their side's answers, the strongest writers first."""
+    """The neurons that differ surely and enough and push their own side's answers, the strongest first."""
     sure = (separation.q < LEVEL) & (separation.effect_size.abs() >= LARGE_ENOUGH)
     push = torch.where(sure, separation.push, 0.0).clamp_min(0.0)
     order = push.flatten().sort(descending=True, stable=True).indices[: int((push > 0).sum())]

@@ -1,12 +1,12 @@
 """Which neurons tell two sets of answers apart.
 
 Owns reading the neurons where answers are due, and the statistics of the difference: effect size, p-value, the p-value
-after correction for so many neurons, consistency, and how much each neuron writes towards the one side's answers.
-Knows nothing of what is then changed. Nothing here writes.
+after correction for so many neurons, consistency, and how much each neuron pushes its side's answers and the other
+side's. Knows nothing of what is then changed. Nothing here writes.
 
 Sources: the effect size is Cohen's d (1988), the difference of means over the pooled deviation; the test is Welch's
-(1947); the correction is Benjamini and Hochberg's (1995); what a neuron writes towards a token is direct logit
-attribution, its activation times its write column's product with the token's unembedding.
+(1947); the correction is Benjamini and Hochberg's (1995); what a neuron pushes is gradient times activation of an
+answer's margin, as in `attribution.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from torch import Tensor
 from liveweight.engines.base import ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
-from liveweight.sites import Norm, Region
-from liveweight.tracing.capture import require_dense
-from liveweight.tracing.neuron_labels import write_directions
+from liveweight.tracing.capture import read_answer, require_dense
 from liveweight.tracing.super_weights import super_neurons
 
 LEAST = 4  # examples a side: with fewer, no spread can be told
-_ROWS = 16  # sequences of one pass
+SPARED = 2.0  # times what a neuron does for the other side's answers weighs, which are to stay
 
 Progress = Callable[[int, int], None]  # done, of how many
 
@@ -46,7 +44,7 @@ class Separation:
     p: Tensor  # Welch's t-test, two-sided
     q: Tensor  # the same after Benjamini and Hochberg's correction over all neurons that vary
     consistency: Tensor  # share of the examples on their own side of the middle between the means, each side half
-    push: Tensor  # what a's answers gain over b's by the neuron's difference, in logits up to one positive factor
+    push: Tensor  # nats: what the neuron does for its own side's answers, less SPARED times that for the other's
     tested: int  # neurons
 
 
@@ -66,8 +64,9 @@ def separate(
                 f"The {name} side has {len(side)} prompts, and statistics need {LEAST} or more.",
                 hint="Give more prompts; twenty or more a side make it sure.",
             )
-    found = activations(engine, [*a, *b], progress)
-    values_a, values_b = found[: len(a)], found[len(a) :]
+    values, pushes = read(engine, [*a, *b], progress)
+    values_a, values_b = values[: len(a)], values[len(a) :]
+    pushes_a, pushes_b = pushes[: len(a)], pushes[len(a) :]
     mean_a, mean_b = values_a.mean(0), values_b.mean(0)
     spread_a, spread_b = values_a.std(0), values_b.std(0)
     freedom_a, freedom_b = len(a) - 1, len(b) - 1
@@ -85,6 +84,11 @@ def separate(
     middle = (mean_a + mean_b) / 2
     sides = ((values_a, difference.sign()), (values_b, -difference.sign()))
     right = [((values - middle) * sign > 0).float().mean(0) for values, sign in sides]
+    push = torch.where(
+        mean_a.abs() >= mean_b.abs(),
+        pushes_a.mean(0) - SPARED * pushes_b.clamp_min(0.0).mean(0),
+        pushes_b.mean(0) - SPARED * pushes_a.clamp_min(0.0).mean(0),
+    )
     return Separation(
         mean_a=mean_a,
         mean_b=mean_b,
@@ -92,51 +96,24 @@ def separate(
         p=p.float(),
         q=q.float(),
         consistency=(right[0] + right[1]) / 2,
-        push=difference * _towards(engine, a, b),
+        push=torch.where(told, push, 0.0),
         tested=int(told.sum()),
     )
 
 
-def activations(engine: TransformersEngine, items: Sequence[ScoreItem], progress: Progress | None = None) -> Tensor:
-    """Each example's neurons where its answer is due, averaged over the answer's tokens: (n, layers, neurons)."""
-    layers = range(engine.sites.layers)
-    found = torch.empty(len(items), len(layers), engine.sites.neurons)
-    order = sorted(range(len(items)), key=lambda i: len(items[i].prompt) + len(items[i].continuation))
-    for first in range(0, len(order), _ROWS):
-        batch = order[first : first + _ROWS]
-        rows = [[*items[i].prompt, *items[i].continuation[:-1]] for i in batch]
-        replay = engine.record(rows, [len(items[i].prompt) - 1 for i in batch], neurons=layers, final=False)
-        for layer in layers:
-            for row, (index, length) in enumerate(zip(batch, replay.lengths(), strict=True)):
-                found[index, layer] = replay.neurons[layer][row, :length].float().mean(0).cpu()
-        if progress is not None:
-            progress(first + len(batch), len(items))
-    return found
+def read(
+    engine: TransformersEngine, items: Sequence[ScoreItem], progress: Progress | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each example's neurons where its answer is due, and what they push it: twice (n, layers, neurons).
 
-
-def _towards(engine: TransformersEngine, a: Sequence[ScoreItem], b: Sequence[ScoreItem]) -> Tensor:
-    """What a unit of each neuron's activation adds to a's answers over b's, (layers, neurons), past the final norm.
-
-    Where both sides have the same answers there is no such direction: then the sign of 1 and the column's length, so
-    that what a neuron writes otherwise on the two sides still counts.
+    Activations are averaged over the answer's tokens; pushes, in nats, are summed over them, the margin being each
+    token's over its runner-up.
     """
-    sites, kind = engine.sites, engine.sites.map.norm_kind
-    with engine.gate.step():
-        wished, other = (_mean_unembedding(engine, side) for side in (a, b))
-        direction = wished - other
-        norm = Norm("final_norm.weight", kind == "rms_plus_one", kind == "layer")
-        scale = engine.weights.base(norm.site).float()
-        rows = []
-        for layer in range(sites.layers):
-            written = write_directions(engine, layer, list(range(sites.neurons_of(layer)))).float()  # (neurons, width)
-            rows.append(norm.direction(written, scale) @ direction if bool(direction.any()) else written.norm(dim=1))
-        return torch.stack(rows).cpu()
-
-
-def _mean_unembedding(engine: TransformersEngine, items: Sequence[ScoreItem]) -> Tensor:
-    """The mean unembedding (width,) of the answers' tokens, each example counting the same."""
-    found = []
-    for item in items:
-        rows = torch.tensor(item.continuation)
-        found.append(engine.weights.base("lm_head.weight", Region("rows", rows)).float().mean(0))
-    return torch.stack(found).mean(0)
+    values = torch.empty(len(items), engine.sites.layers, engine.sites.neurons)
+    pushes = torch.empty_like(values)
+    for row, item in enumerate(items):
+        reading = read_answer(engine, item.prompt, item.continuation, gradients=True)
+        values[row], pushes[row] = reading.activations.mean(1), reading.pushes().sum(1)
+        if progress is not None:
+            progress(row + 1, len(items))
+    return values, pushes
