@@ -167,9 +167,9 @@ def decode_directions(engine: TransformersEngine, directions: Tensor) -> list[De
 
 def _computed(engine: TransformersEngine, by: Exact, layer: int, neurons: list[int]) -> Iterator[dict[Neuron, bytes]]:
     """Labels of some neurons of one layer as they are kept, in pieces that fit in memory."""
-    size = rows_at_once(engine)
-    for start in range(0, len(neurons), size):
-        piece = neurons[start : start + size]
+    pieces = -(-len(neurons) // rows_at_once(engine))
+    for part in np.array_split(neurons, pieces):
+        piece = part.tolist()
         sides = [*decode_both(engine, write_directions(engine, layer, piece), by)]
         sides += [decode(engine, each, by) for each in read_directions(engine, layer, piece).values()]
         rows = np.empty((len(piece), len(sides)), PACKED)

@@ -15,6 +15,7 @@ tokens again exactly. What the rounding of both factors does to the others is me
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,17 @@ class Exact:
     def __init__(self, engine: TransformersEngine) -> None:
         """Nothing is read yet."""
         self.engine = engine
+        self._memory: dict[str, Tensor] = {}
+
+    def memory(self, what: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """A tensor of this shape with whatever is in it: the memory of the last call for `what`, if that is enough.
+
+        Fresh memory for every product costs as much as a quarter of it.
+        """
+        size = math.prod(shape)
+        if what not in self._memory or len(self._memory[what]) < size:
+            self._memory[what] = like.new_empty(size)
+        return self._memory[what][:size].view(*shape)
 
     def product(self, vectors: Tensor, start: int, stop: int, out: Tensor) -> None:
         """Logits of vectors (n, width) for the tokens from `start` on, into `out` (n, stop - start)."""
@@ -111,9 +123,9 @@ def rows_at_once(engine: TransformersEngine) -> int:
 
 
 def _pieces(engine: TransformersEngine, directions: Tensor, by: Exact | None, both: bool) -> list[list[Distributions]]:
-    size, by = rows_at_once(engine), by or Exact(engine)
+    by, pieces = by or Exact(engine), max(1, -(-len(directions) // rows_at_once(engine)))
     with engine.gate.step(), torch.inference_mode():
-        return [_decoded(by, _normed(engine, piece), both) for piece in torch.split(directions.float(), size)]
+        return [_decoded(by, _normed(engine, piece), both) for piece in directions.float().chunk(pieces)]
 
 
 def _joined(parts: list[Distributions]) -> Distributions:
@@ -124,8 +136,9 @@ def _decoded(by: Exact, vectors: Tensor, both: bool) -> list[Distributions]:
     """Of normed vectors and, where `both`, of their opposites."""
     vocabulary = by.engine.sites.vocabulary
     blocks = -(-vocabulary // _BLOCK)
-    logits = vectors.new_empty(blocks, len(vectors), min(_BLOCK, -(-vocabulary // _GROUP) * _GROUP))
-    sums = [_Sums(len(vectors), logits) for _ in range(1 + both)]
+    shape = (blocks, len(vectors), min(_BLOCK, -(-vocabulary // _GROUP) * _GROUP))
+    logits = by.memory("logits", shape, vectors)
+    sums = [_Sums(len(vectors), by.memory("powers", shape[1:], vectors)) for _ in range(1 + both)]
     for number, block in enumerate(logits):
         start = number * _BLOCK
         size = min(_BLOCK, vocabulary - start)
@@ -154,12 +167,13 @@ def _normed(engine: TransformersEngine, directions: Tensor) -> Tensor:
 class _Sums:
     """The softmax of n rows of logits in bits that come block by block."""
 
-    def __init__(self, rows: int, like: Tensor) -> None:
-        self._highest = like.new_full((rows,), -math.inf)
-        self._sum = like.new_zeros(rows)  # Σ 2^(l - highest)
-        self._moment = like.new_zeros(rows)  # Σ l 2^(l - highest)
+    def __init__(self, rows: int, scratch: Tensor) -> None:
+        """`scratch` (rows, tokens of a block) is memory that is written over."""
+        self._highest = scratch.new_full((rows,), -math.inf)
+        self._sum = scratch.new_zeros(rows)  # Σ 2^(l - highest)
+        self._moment = scratch.new_zeros(rows)  # Σ l 2^(l - highest)
         self._groups: list[Tensor] = []  # each block's (rows, groups): the largest logit of each group
-        self._scratch = like.new_empty(like.shape[1:])
+        self._scratch = scratch
 
     def add(self, block: Tensor, size: int) -> None:
         """A block (rows, tokens) of which the first `size` tokens count; the others are -inf."""
