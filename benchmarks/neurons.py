@@ -80,12 +80,12 @@ def main() -> int:
                 data["atlas"] = timed_atlas(engine, Path(folder), options.layers or engine.sites.layers)
             if "clamp" in parts:
                 data["clamp"] = clamps(engine)
+            data["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the model itself
             if "large" in parts:
                 data["large"] = large(engine, Path(folder))
     except LiveweightError as error:
         print(f"{error.message} {error.hint}", file=sys.stderr)
         return error.exit_code
-    data["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(table(data))
     if options.json is not None:
         options.json.write_text(json.dumps(data, indent=1), encoding="utf-8")

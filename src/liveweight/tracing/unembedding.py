@@ -15,7 +15,7 @@ tokens again exactly. What the rounding of both factors does to the others is me
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ TOP = 8  # tokens of a distribution
 _LOGITS = 64 * 1024 * 1024  # the most in memory at once, in numbers
 _BLOCK = 4096  # tokens whose logits are made at once
 _GROUP = 64  # tokens of which the largest logit is kept; divides _BLOCK
-_AGAIN = 8  # times TOP: the tokens that are looked at again behind a coarse product
+_AGAIN = 2  # times TOP: the tokens that are looked at again behind a coarse product
 
 
 class Distributions(NamedTuple):
@@ -59,9 +59,13 @@ class Exact:
             self._memory[what] = like.new_empty(size)
         return self._memory[what][:size].view(*shape)
 
-    def product(self, vectors: Tensor, start: int, stop: int, out: Tensor) -> None:
-        """Logits of vectors (n, width) for the tokens from `start` on, into `out` (n, stop - start)."""
-        torch.mm(vectors, self._rows(torch.arange(start, stop)).T, out=out)
+    def product(self, vectors: Tensor) -> Callable[[int, int, Tensor], None]:
+        """What writes the logits of vectors (n, width) for the tokens from `start` to `stop` into (n, stop - start)."""
+
+        def write(start: int, stop: int, out: Tensor) -> None:
+            torch.mm(vectors, self._rows(torch.arange(start, stop)).T, out=out)
+
+        return write
 
     def settled(self, vectors: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
         """The exact logits (n, k) of some tokens (n, k), of which `logits` came out of `product`."""
@@ -86,11 +90,15 @@ class Coarse(Exact):
         self._whole = torch.cat([whole for whole, _ in parts])  # (vocabulary, width) int8
         self._scales = torch.cat([scales for _, scales in parts])  # (vocabulary,)
 
-    def product(self, vectors: Tensor, start: int, stop: int, out: Tensor) -> None:
+    def product(self, vectors: Tensor) -> Callable[[int, int, Tensor], None]:
         """As `Exact.product`, rounded."""
         whole, scales = _rounded(vectors)
-        found = torch._int_mm(whole, self._whole[start:stop].T)  # (n, stop - start) int32
-        torch.mul(found, self._scales[start:stop], out=out).mul_(scales[:, None])
+
+        def write(start: int, stop: int, out: Tensor) -> None:
+            found = torch._int_mm(whole, self._whole[start:stop].T)  # (n, stop - start) int32
+            torch.mul(found, self._scales[start:stop], out=out).mul_(scales[:, None])
+
+        return write
 
     def settled(self, vectors: Tensor, ids: Tensor, logits: Tensor) -> Tensor:
         """As `Exact.settled`, from the unembedding itself."""
@@ -139,10 +147,11 @@ def _decoded(by: Exact, vectors: Tensor, both: bool) -> list[Distributions]:
     shape = (blocks, len(vectors), min(_BLOCK, -(-vocabulary // _GROUP) * _GROUP))
     logits = by.memory("logits", shape, vectors)
     sums = [_Sums(len(vectors), by.memory("powers", shape[1:], vectors)) for _ in range(1 + both)]
+    write = by.product(vectors)
     for number, block in enumerate(logits):
         start = number * _BLOCK
         size = min(_BLOCK, vocabulary - start)
-        by.product(vectors, start, start + size, block[:, :size])
+        write(start, start + size, block[:, :size])
         block[:, size:] = -math.inf
         sums[0].add(block, size)
         if both:
