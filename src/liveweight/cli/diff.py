@@ -44,13 +44,7 @@ def diff(
     told: dict[str, Any] = {}
     with ExitStack() as stack:
         bar = stack.enter_context(output.bar(quiet=options.json))
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=of)
-
+        progress = output.phases(bar)
         live = None
         if commits:  # the workspace is A's
             live = stack.enter_context(session.opened(replace(options, model=a)))
@@ -64,10 +58,7 @@ def diff(
         if not options.json:
             output.out().print(found)
         if picture is not None:
-            from liveweight import pictures
-
-            told["pictures"] = [str(path) for path in pictures.save(found.picture(), picture)]
-            output.say(f"drawn: {', '.join(told['pictures'])}")
+            told["pictures"] = output.draw(found, picture)
         if commits or save is not None:
             adjustment = found.adjustment(rank=low_rank)
             found.attach(None)  # the second model is needed no longer

@@ -79,10 +79,7 @@ def features(
             if not options.json:
                 output.out().print(one)
         if picture is not None:
-            from liveweight import pictures
-
-            told["pictures"] = [str(path) for path in pictures.save(found.picture(), picture)]
-            output.say(f"drawn: {', '.join(told['pictures'])}")
+            told["pictures"] = output.draw(found, picture)
         if steer is not None and number is not None:
             directed = live.steer_feature(number, found, kl=kl, measure="mean" if measure == "mean" else "p95")
             told["steering"] = directed.as_dict() | {"strength": steer}
@@ -129,11 +126,4 @@ def view(found: Directed) -> RenderableType:
 
 def _made(live: LiveModel, wished: dict[str, Any], options: Options) -> Features:
     with output.bar(quiet=options.json) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=of)
-
-        return live.features(**wished, progress=progress)
+        return live.features(**wished, progress=output.phases(bar))

@@ -32,11 +32,10 @@ def massive(
         from liveweight.tracing.plain_text import text_of
 
         with output.bar(quiet=options.json) as bar:
-            task = bar.add_task("Reading", total=None)
             found = live.massive(
                 prompt if prompt is not None else text_of(text) if text is not None else "",
                 chat=prompt is not None and not raw,
                 tokens=tokens,
-                progress=lambda done, of: bar.update(task, completed=done, total=of),
+                progress=output.counted(bar, "Reading"),
             )
     output.print_report(found, as_json=options.json, picture=picture)

@@ -27,8 +27,5 @@ def neuron(
     read = text_of(text)
     with session.opened(options) as live:
         with output.bar(quiet=options.json) as bar:
-            task = bar.add_task("Reading the text", total=None)
-            found = live.neuron(
-                which, read, tokens=tokens, progress=lambda n, of: bar.update(task, completed=n, total=of)
-            )
+            found = live.neuron(which, read, tokens=tokens, progress=output.counted(bar, "Reading the text"))
         output.print_report(found, as_json=options.json, picture=picture)

@@ -62,8 +62,7 @@ def neurons(
         if merge:
             _merge(live, merge)
         with output.bar(quiet=options.json) as bar:
-            task = bar.add_task("Labelling neurons", total=None)
-            atlas = live.atlas(chosen, lambda done, of: bar.update(task, completed=done, total=of), fast=fast)
+            atlas = live.atlas(chosen, output.counted(bar, "Labelling neurons"), fast=fast)
         if compare is not None:
             output.print_report(_compared(live, atlas, compare, options, fast), as_json=options.json, picture=picture)
         elif looked:
@@ -90,7 +89,6 @@ def _compared(live: LiveModel, atlas: Atlas, other: str, options: Options, fast:
     settings = live.settings
     engine = load_engine(other, dtype=settings.dtype, device=settings.device, progress=not options.json)
     with output.bar(quiet=options.json) as bar:
-        task = bar.add_task(f"Labelling the neurons of {other}", total=None)
-        shown = lambda done, of: bar.update(task, completed=done, total=of)  # noqa: E731
+        shown = output.counted(bar, f"Labelling the neurons of {other}")
         rest = read_atlas(engine, atlas.layers, progress=shown, fast=fast)
     return atlas.compare(rest)

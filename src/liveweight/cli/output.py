@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from liveweight.shown import short, table
@@ -39,6 +39,37 @@ def bar(*, quiet: bool) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
 
 
+def counted(shown: Progress, what: str, *, visible: bool = True) -> Callable[[int, int], None]:
+    """What moves a new line of a bar: called with what is done, and of how many."""
+    task = shown.add_task(what, total=None, visible=visible)
+
+    def move(done: int, of: int) -> None:
+        shown.update(task, completed=done, total=of)
+
+    return move
+
+
+def phases(shown: Progress) -> Callable[[str, int, int], None]:
+    """The same for work of several parts, each a line of its own from its first call on: called with its name, too."""
+    tasks: dict[str, TaskID] = {}
+
+    def move(what: str, done: int, of: int) -> None:
+        if what not in tasks:
+            tasks[what] = shown.add_task(what)
+        shown.update(tasks[what], completed=done, total=of)
+
+    return move
+
+
+def draw(found: Any, path: Path) -> list[str]:
+    """Write the picture of a result that has one, and say where; the files."""
+    from liveweight import pictures
+
+    written = [str(each) for each in pictures.save(found.picture(), path)]
+    say(f"drawn: {', '.join(written)}")
+    return written
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
@@ -50,11 +81,7 @@ def print_report(found: Any, *, as_json: bool, picture: Path | None = None, **mo
     if not as_json:
         out().print(found)
     if picture is not None:
-        from liveweight import pictures
-
-        written = [str(path) for path in pictures.save(found.picture(), picture)]
-        say(f"drawn in {', '.join(written)}")
-        more["pictures"] = written
+        more["pictures"] = draw(found, picture)
     if as_json:
         print_json(found.model_dump(mode="json") | more)
 

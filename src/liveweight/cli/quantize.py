@@ -61,7 +61,6 @@ def quantize(
         from liveweight.tracing.plain_text import text_of
 
         with output.bar(quiet=options.json) as bar:
-            task = bar.add_task("Measuring", total=None)
             found = live.quantization(
                 bits,
                 block,
@@ -73,7 +72,7 @@ def quantize(
                 keep_super_activations=keep_super_activations,
                 text=None if text is None else text_of(text),
                 tokens=tokens,
-                progress=lambda done, of: bar.update(task, completed=done, total=of),
+                progress=output.counted(bar, "Measuring"),
             )
         shown: dict[str, Any] = {"quantization": found.model_dump(mode="json")}
         if not options.json:

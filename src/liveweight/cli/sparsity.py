@@ -28,12 +28,11 @@ def sparsity(
         from liveweight.tracing.plain_text import text_of
 
         with output.bar(quiet=options.json) as bar:
-            task = bar.add_task("Setting neurons to zero", total=None)
             found = live.sparsity(
                 None if text is None else text_of(text),
                 percent=percent,
                 tokens=tokens,
                 layers=layers,
-                progress=lambda done, of: bar.update(task, completed=done, total=of),
+                progress=output.counted(bar, "Setting neurons to zero"),
             )
     output.print_report(found, as_json=options.json, picture=picture)

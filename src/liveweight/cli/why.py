@@ -51,18 +51,10 @@ def why(
             return
         asked: dict[str, Any] = {"by": by, "sites": sites or "mlp", "against": against, "corrupted": corrupted}
         with output.bar(quiet=options.json) as bar:
-            task = bar.add_task("patching", total=None, visible=by == "patching")
-            found = live.attribute(
-                judged, **asked, top=top, progress=lambda done, of: bar.update(task, completed=done, total=of)
-            )
-        written: list[Path] = []
-        if picture is not None:
-            from liveweight import pictures
-
-            written = pictures.save(found.picture(), picture)
-            output.say(f"drawn: {', '.join(map(str, written))}")
+            shown = output.counted(bar, "patching", visible=by == "patching")
+            found = live.attribute(judged, **asked, top=top, progress=shown)
+        written = {} if picture is None else {"pictures": output.draw(found, picture)}
         if options.json:
-            shown = {"reply": judged.label, **found.model_dump(mode="json")}
-            output.print_json(shown | ({"pictures": [str(path) for path in written]} if written else {}))
+            output.print_json({"reply": judged.label, **found.model_dump(mode="json")} | written)
         else:
             output.out().print(found)

@@ -7,7 +7,7 @@ together), the search in them, and the comparison. How a neuron is decoded is `n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -248,18 +248,18 @@ class Atlas:
         """The tokens that are meant."""
         if not what.strip():
             raise InvalidInput("There is nothing to look for.", hint="Give a word, or a part of one.")
-        fits: Callable[[str], object]
+        word = what.strip()
         if how == "regex":
             try:
-                fits = re.compile(what).search
+                pattern = re.compile(what)
             except re.error as error:
                 raise InvalidInput(f"{what!r} is no regular expression: {error}.", hint="Escape it.") from error
+            fits = [pattern.search(text) is not None for text in self._texts]
         elif how == "token":
-            fits = lambda text: text.strip() == what.strip()  # noqa: E731
+            fits = [text.strip() == word for text in self._texts]
         else:
-            folded = what.strip().casefold()
-            fits = lambda text: folded in text.casefold()  # noqa: E731
-        return np.array([token for token, text in enumerate(self._texts) if fits(text)], dtype=np.int64)
+            fits = [word.casefold() in text.casefold() for text in self._texts]
+        return np.flatnonzero(fits)
 
     def _checked(self, sides: Sequence[Side] | None) -> Sequence[Side]:
         unknown = next((side for side in sides or () if side not in self.sides), None)
