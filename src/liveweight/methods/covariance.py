@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, NoSpace
 from liveweight.settings import MethodSettings
+from liveweight.tracing.plain_text import plain_text as shipped_text
 
 _LENGTH = 256  # tokens of one sequence
 _ROWS = 4  # sequences of one forward pass
@@ -85,7 +85,7 @@ def plain_text(settings: MethodSettings) -> str:
     """The text that statistics are taken from. Raises InvalidInput naming a file that is missing or no text."""
     path = settings.covariance_text
     if path is None:
-        return resources.files("liveweight.methods").joinpath("plain_text.txt").read_text(encoding="utf-8")
+        return shipped_text()
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

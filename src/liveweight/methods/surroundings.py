@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.wording import everyday_questions, same_questions
+from liveweight.tracing.plain_text import plain_text
 
 _FORMAT = "3"  # of what is kept; another number makes it anew
 _REPLY = 14  # tokens of each everyday reply
@@ -52,7 +52,7 @@ def surroundings(
     """The statistics of some layers, from the cache or computed now (about half a minute for a small model)."""
     folder = engine.loaded.source.cache_dir / "surroundings"
     questions = everyday_questions()
-    plain = resources.files("liveweight.methods").joinpath("plain_text.txt").read_text(encoding="utf-8")
+    plain = plain_text()
     reworded = same_questions()
     told = "\n".join((_FORMAT, *questions, *(text for same in reworded for text in same))) + plain
     text_hash = hashlib.sha256(told.encode()).hexdigest()[:12]
