@@ -60,16 +60,17 @@ class Commits:
         """
         engine, ledger = self._engine, self._ledger
         before = probe(engine, *watched)
-        with uninterrupted():
+        with uninterrupted(), engine.gate.uninterruptible():
             with phases.of("commit"):
                 change = ledger.intend(proposal, replaces=replaces)
                 version = engine.become(ledger.state(self._model, intended=True))
                 if must_move and torch.equal(before, probe(engine, *watched)):
                     raise self._no_effect(change, report)
+            final = {"version_after": str(version), "seconds": dict(phases.seconds)}
+            with ledger.together():  # killed here, all of it is there, or the change is not yet
                 ledger.activate(change.id, {"version": str(version)})
                 then(change)
-            final = {"version_after": str(version), "seconds": dict(phases.seconds)}
-            ledger.add_report(change.id, report.model_copy(update=final).model_dump(mode="json"))
+                ledger.add_report(change.id, report.model_copy(update=final).model_dump(mode="json"))
             return self.recorded(change.id)
 
     def _no_effect(self, change: Record, report: Report) -> NoEffect:
@@ -95,7 +96,7 @@ class Commits:
     def move(self, wishes: Sequence[Move]) -> None:
         """Bring changes to other states or strengths, all of them or none, in ledger and weights alike."""
         ledger, engine = self._ledger, self._engine
-        with uninterrupted():
+        with uninterrupted(), engine.gate.uninterruptible():
             intent = ledger.intend_moves(self._model, wishes)
             try:
                 version = engine.become(ledger.state(self._model, intended=True))

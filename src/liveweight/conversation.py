@@ -6,16 +6,20 @@ Knows nothing of judgements and changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 
-from liveweight.engines.base import Message, Sampling, Token
+from liveweight.engines.base import Message, Sampling, Token, Version
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, StateConflict
 from liveweight.ledger import Ledger, Turn
 from liveweight.ledger.records import turns_as_json
 from liveweight.reports import Reply
 from liveweight.settings import GenerationSettings
+
+Generate = Callable[[Sequence[int], Sampling], Iterator[Token]]  # a prompt's tokens -> the tokens behind them
 
 _AT_ONCE = 32  # questions of one batch
 _RECALLED = 40  # tokens of an answer that is asked for in a batch
@@ -46,18 +50,40 @@ def _turns(said: Sequence[Message | Mapping[str, str]]) -> list[dict[str, str]]:
         ) from error
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a reply belongs: the conversation, the reply it goes on from, and the id by which others know it."""
+
+    chat: str | None = None
+    after: int | None = None
+    public_id: str | None = None
+
+
 class ReplyStream(Iterator[Token]):
     """The tokens of one reply as they come. `close` stops it early and keeps what was said."""
 
     def __init__(
-        self, engine: TransformersEngine, ledger: Ledger, messages: tuple[Message, ...], sampling: Sampling
+        self,
+        engine: TransformersEngine,
+        ledger: Ledger,
+        messages: tuple[Message, ...],
+        sampling: Sampling,
+        generate: Generate,
+        place: Place,
     ) -> None:
-        """Nothing is generated before the first token is asked for."""
+        """Raises what `generate` raises before its first token, such as InvalidInput for a chat that is too long."""
         self._engine, self._ledger, self._messages, self._sampling = engine, ledger, messages, sampling
         self._prompt = engine.encode(messages)
-        self._tokens = engine.continue_from(self._prompt, sampling)
+        self._place = place
+        self._tokens = generate(self._prompt, sampling)
         self._said: list[Token] = []
         self._reply: Reply | None = None
+        self._ending = threading.Lock()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the chat before the reply has."""
+        return len(self._prompt)
 
     def __next__(self) -> Token:
         if self._reply is not None:
@@ -88,8 +114,11 @@ class ReplyStream(Iterator[Token]):
         return self._reply
 
     def _end(self) -> None:
-        if self._reply is not None or not self._said:
-            return
+        with self._ending:  # closing may come from another thread than the one that takes the tokens
+            if self._reply is None and self._said:
+                self._reply = self._remembered()
+
+    def _remembered(self) -> Reply:
         versions = list(dict.fromkeys(token.version for token in self._said))
         record = self._ledger.add_reply(
             self._engine.info.hash,
@@ -102,11 +131,19 @@ class ReplyStream(Iterator[Token]):
             sampling=asdict(self._sampling),
             details={
                 "versions": [str(version) for version in versions],
+                "spans": [[str(version), len(list(made))] for version, made in groupby(self._said, _version_of)],
                 "finish": self._said[-1].finish or "cancelled",
                 "logprob": sum(token.logprob for token in self._said),
             },
+            public_id=self._place.public_id,
+            chat=self._place.chat,
+            after=self._place.after,
         )
-        self._reply = Reply(**record.model_dump())
+        return Reply(**record.model_dump())
+
+
+def _version_of(token: Token) -> Version:
+    return token.version
 
 
 class Chatter:
@@ -116,13 +153,24 @@ class Chatter:
         """`defaults` hold the system prompt."""
         self._engine, self._ledger, self._defaults = engine, ledger, defaults
 
-    def stream(self, messages: tuple[Message, ...], sampling: Sampling) -> ReplyStream:
-        """The stream of the answer to a chat. Raises InvalidInput for one that the model cannot take."""
+    def stream(
+        self,
+        messages: tuple[Message, ...],
+        sampling: Sampling,
+        place: Place = Place(),  # frozen
+        generate: Generate | None = None,
+    ) -> ReplyStream:
+        """The stream of the answer to a chat, made by the engine alone unless told how.
+
+        Raises InvalidInput for a chat that the model cannot take.
+        """
         system = self._defaults.system
         if system is not None and messages[0].role != "system":
             # Written into the chat, so that the reply can be asked for again under other settings.
             messages = (Message("system", system), *messages)
-        return ReplyStream(self._engine, self._ledger, messages, sampling)
+        return ReplyStream(
+            self._engine, self._ledger, messages, sampling, generate or self._engine.continue_from, place
+        )
 
     def recalled(self, asked: Sequence[tuple[str, str | None]]) -> list[Reply]:
         """Replies to questions as they were given elsewhere, remembered; where none was, the greedy one of now.

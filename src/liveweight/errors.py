@@ -7,7 +7,8 @@ CLI's `exit_code`, the API's `http_status` and a stable machine-readable `code`,
     ├── InvalidInput (ValueError)       exit 2, 400   a value the caller gave cannot be used
     │   ├── UnknownSite                 exit 2, 404   no such site, layer, neuron, head or expert
     │   ├── UnknownMethod               exit 2, 404
-    │   └── UnknownReply, UnknownChange exit 2, 404   no such id in this ledger
+    │   ├── UnknownReply, UnknownChange exit 2, 404   no such id in this ledger
+    │   └── UnknownJob                  exit 2, 404
     ├── ModelNotFound (FileNotFoundError) exit 1, 404 no such package, folder, file or hub id
     ├── ModelUnusable                   exit 1, 422   found, but not something that can be loaded
     │   └── UnsupportedArchitecture     exit 1, 422
@@ -21,7 +22,15 @@ CLI's `exit_code`, the API's `http_status` and a stable machine-readable `code`,
     ├── WrongModel                      exit 1, 409   the ledger belongs to another checkpoint
     ├── StateConflict                   exit 1, 409   the change is not in a state that allows this
     ├── NoEffect                        exit 1, 409   the change moved nothing that a probe could see
-    └── GenerationCancelled             exit 130, 499 the reply was stopped before its end
+    ├── GenerationCancelled             exit 130, 499 the reply was stopped before its end
+    ├── IdempotencyConflict             exit 1, 409   the idempotency key belongs to another request
+    ├── QueueFull                       exit 1, 429   too much is waiting already
+    ├── RateLimited                     exit 1, 429   this key asks too often
+    ├── Unauthorized                    exit 1, 401   no key, or none that is known
+    ├── Forbidden                       exit 1, 403   the key's role does not allow that
+    ├── TooLarge                        exit 1, 413   the request is longer than the server reads
+    ├── Stopping                        exit 1, 503   the server is on its way down
+    └── RequestTimeout                  exit 1, 408   the request did not come in time
 """
 
 from __future__ import annotations
@@ -81,6 +90,13 @@ class UnknownChange(InvalidInput):
     """No such change in this ledger."""
 
     code = "unknown_change"
+    http_status = 404
+
+
+class UnknownJob(InvalidInput):
+    """No such job in this ledger."""
+
+    code = "unknown_job"
     http_status = 404
 
 
@@ -174,9 +190,65 @@ class NoEffect(LiveweightError):
     http_status = 409
 
 
+class Stopping(LiveweightError):
+    """The server is on its way down, and takes nothing new."""
+
+    code = "stopping"
+    http_status = 503
+
+
 class GenerationCancelled(LiveweightError):
     """The reply was stopped before its end."""
 
     code = "cancelled"
     exit_code = 130
     http_status = 499
+
+
+class IdempotencyConflict(LiveweightError):
+    """This author used the idempotency key for another request."""
+
+    code = "idempotency_conflict"
+    http_status = 409
+
+
+class QueueFull(LiveweightError):
+    """Too much is waiting already; `details` say after how many seconds to try again."""
+
+    code = "queue_full"
+    http_status = 429
+
+
+class RateLimited(LiveweightError):
+    """This key asks more often than it may; `details` say after how many seconds to try again."""
+
+    code = "rate_limited"
+    http_status = 429
+
+
+class Unauthorized(LiveweightError):
+    """There is no key with the request, or none that is known."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(LiveweightError):
+    """The key is known, but its role does not allow what was asked."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class TooLarge(LiveweightError):
+    """The request is longer than the server reads."""
+
+    code = "too_large"
+    http_status = 413
+
+
+class RequestTimeout(LiveweightError):
+    """The request did not come in time."""
+
+    code = "request_timeout"
+    http_status = 408

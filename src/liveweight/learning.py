@@ -19,7 +19,7 @@ from liveweight.commits import Commits
 from liveweight.conversation import Chatter
 from liveweight.engines.base import ScoreItem
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput, LiveweightError, NoMendFound, UnknownMethod
+from liveweight.errors import GenerationCancelled, InvalidInput, LiveweightError, NoMendFound, UnknownMethod
 from liveweight.evidence import moved, prompt_hash, touched_neurons
 from liveweight.guard import Guard, GuardReport
 from liveweight.judging import Judge, Judgement, Options
@@ -143,6 +143,8 @@ class Learner:
             with self._phases.of("one by one"):
                 reply = self._chatter.recalled([(lesson.prompt, lesson.answer)])[0]
                 change = self._judge.judge(Judgement(lesson.kind, reply, wanted=lesson.correction), options)
+        except GenerationCancelled:
+            raise
         except LiveweightError as error:
             self._commits.settle()
             codes: dict[str, Outcome] = {
@@ -185,6 +187,8 @@ class Learner:
                 return found
             try:
                 joint = self._search(chain([first], reading), options)
+            except GenerationCancelled:
+                raise
             except LiveweightError as error:
                 joint = error
                 deque(reading, maxlen=0)  # all the same
@@ -218,6 +222,8 @@ class Learner:
         progress(f"{options.method or JOINT}: {len(items)} corrections", 0, len(items))
         try:
             joint = self._search([item.case for item in items], options)
+        except GenerationCancelled:
+            raise
         except LiveweightError as error:
             return self._apart(items, error, options, progress)
         return self._settled(items, joint, options, progress)
@@ -235,6 +241,8 @@ class Learner:
         """What a search found for these items, committed, for as many of them as the guard lets pass at once."""
         try:
             proposed = sparing(self._engine, joint(range(len(items))))
+        except GenerationCancelled:
+            raise
         except LiveweightError as error:
             return [item.became("failed", error.message) for item in items]
         progress("measuring what else would change", 0, len(items))

@@ -23,14 +23,14 @@ from typing import Any, Self
 from liveweight import applying, folding
 from liveweight.adjustments import Active, Adjustment
 from liveweight.commits import Commits
-from liveweight.conversation import Chatter, ReplyStream, as_messages
+from liveweight.conversation import Chatter, Place, ReplyStream, as_messages
 from liveweight.engines.base import Message, Sampling, Token
 from liveweight.engines.model_source import load as load_checkpoint
 from liveweight.engines.model_source import resolve
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, StateConflict
 from liveweight.evidence import answer_under
-from liveweight.guard import Guard
+from liveweight.guard import Guard, GuardReport
 from liveweight.interrupts import uninterrupted
 from liveweight.judging import Judge, Judgement, Options
 from liveweight.learning import Learner, Lessons, checked
@@ -75,17 +75,19 @@ class LiveModel(Reading):
         self.ledger = ledger
         self.settings = settings
         self._lock = threading.RLock()  # around whole changes; chats only meet them at the engine's gate
+        self.patience: float | None = None
+        """Seconds that off, on, undo and strength wait for a change that is being made; None, as long as it takes."""
         info = engine.info
         ledger.ensure_model(info.hash, info.name, info.source, info.architecture)
         self.notices: tuple[str, ...] = tuple(ledger.recover())
         """What was done at the start about changes that a killed process left half-made, a sentence each."""
         engine.become(ledger.state(info.hash))
-        self._chatter = Chatter(engine, ledger, settings.generation)
+        self.chatter = Chatter(engine, ledger, settings.generation)
         guard = Guard(engine, settings.guard, settings.cache_dir)
         self.guard, self._say, self._progress = guard, say, progress
         self._commits = Commits(engine, ledger)
         self._judge = Judge(engine, ledger, guard, self._commits, settings, say=say, progress=progress)
-        self._learner = Learner(engine, ledger, guard, self._commits, self._judge, self._chatter, settings, say=say)
+        self._learner = Learner(engine, ledger, guard, self._commits, self._judge, self.chatter, settings, say=say)
 
     @classmethod
     def load(
@@ -117,6 +119,7 @@ class LiveModel(Reading):
             engine = TransformersEngine(
                 loaded,
                 gate=settings.gate,
+                patience=settings.gate_patience,
                 system=settings.generation.system,
                 threads=settings.threads,
                 spare_neurons=settings.spare_neurons,
@@ -174,8 +177,25 @@ class LiveModel(Reading):
         **sampling: Any,
     ) -> ReplyStream:
         """As `chat`, as an iterator over tokens; its `reply` is there once it has ended or was closed."""
-        before = () if after is None else self.reply(after).history
-        return self._chatter.stream(as_messages(messages, before, system), self._sampling(sampling))
+        earlier = None if after is None else self.reply(after)
+        before = () if earlier is None else earlier.history
+        place = Place(after=None if earlier is None else earlier.id, chat=None if earlier is None else earlier.chat)
+        return self.chatter.stream(as_messages(messages, before, system), self.sampling(**sampling), place)
+
+    def sampling(self, **given: Any) -> Sampling:
+        """How tokens are drawn where this is given: what is left out or None comes from the settings.
+
+        Raises InvalidInput for a setting that there is not.
+        """
+        defaults = self.settings.generation
+        values: dict[str, Any] = {name: getattr(defaults, name) for name in ("max_tokens", "temperature", "top_p")}
+        values |= {name: value for name, value in given.items() if value is not None}
+        unknown = sorted(set(values) - set(Sampling.__dataclass_fields__))
+        if unknown:
+            raise InvalidInput(
+                f"Sampling has no setting {unknown[0]!r}.", hint=f"It has {', '.join(Sampling.__dataclass_fields__)}."
+            )
+        return Sampling(**values)
 
     def ask(self, question: str, **options: Any) -> str:
         """The text of the answer to one question; see `chat`."""
@@ -243,6 +263,7 @@ class LiveModel(Reading):
         self,
         reply: ReplyLike,
         wanted: str,
+        reason: str | None = None,
         *,
         method: str | None = None,
         preview: bool = False,
@@ -257,7 +278,7 @@ class LiveModel(Reading):
         the model says so already, NoEffect.
         """
         options = Options(method, preview, force, keep_both)
-        return self._judged(Judgement("fix", self.reply(reply), wanted=wanted), options)
+        return self._judged(Judgement("fix", self.reply(reply), wanted=wanted, reason=reason), options)
 
     def bad(
         self,
@@ -442,7 +463,7 @@ class LiveModel(Reading):
 
         Raises StateConflict where it is on, was undone, or contradicts an active change that is not to be kept too.
         """
-        with self._whole():
+        with self._whole(self.patience):
             number = self._id(change)
             self._require_not_folded(number)
             if not keep_both:
@@ -454,7 +475,7 @@ class LiveModel(Reading):
 
         What it had replaced comes back on with the same step, so that the model is what it would have been without.
         """
-        with self._whole():
+        with self._whole(self.patience):
             number = self._newest() if change is None else self._id(change)
             back = [
                 Move(other.id, "active")
@@ -487,7 +508,7 @@ class LiveModel(Reading):
             )
 
     def _moved(self, change: ChangeLike, to: Any = None, strength: float | None = None) -> Change:
-        with self._whole():
+        with self._whole(self.patience):
             number = self._id(change)
             self._commits.move([Move(number, to, strength)])
             return self._commits.recorded(number)
@@ -518,6 +539,18 @@ class LiveModel(Reading):
         """What was said of one reply, or of all, oldest first."""
         return self.ledger.feedback(None if reply is None else self.reply(reply).id)
 
+    def measured(self) -> GuardReport:
+        """How far the model as it is now is from its base, on the guard's probes and the protected answers."""
+        with self._whole():
+            state = self.engine.state
+            return self.guard.measure(
+                state,
+                protected=self._commits.protected_items(),
+                facts=max(1, len(state)),
+                before=(),
+                progress=self._progress,
+            )
+
     def history(self, *, limit: int | None = None) -> list[Event]:
         """The journal, oldest first; with a limit, its end."""
         events = self.ledger.events()
@@ -529,27 +562,21 @@ class LiveModel(Reading):
 
     # -------------------------------------------------------------------------------------------------- inside
 
-    def _sampling(self, given: Mapping[str, Any]) -> Sampling:
-        defaults = self.settings.generation
-        values: dict[str, Any] = {name: getattr(defaults, name) for name in ("max_tokens", "temperature", "top_p")}
-        values |= {name: value for name, value in given.items() if value is not None}
-        unknown = sorted(set(values) - set(Sampling.__dataclass_fields__))
-        if unknown:
-            raise InvalidInput(
-                f"Sampling has no setting {unknown[0]!r}.", hint=f"It has {', '.join(Sampling.__dataclass_fields__)}."
-            )
-        return Sampling(**values)
-
     @contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _whole(self, patience: float | None = None) -> Iterator[None]:
         """One change at a time; an error or an interrupt leaves the weights as the ledger says."""
-        with self._lock:
-            try:
-                yield
-            except BaseException:
-                with uninterrupted():
-                    self._commits.settle()
-                raise
+        if not self._lock.acquire(timeout=-1 if patience is None else patience):
+            raise StateConflict(
+                f"Another change is being made, and was not over in {patience:g} seconds.", hint="Try again later."
+            )
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                self._commits.settle()
+            raise
+        finally:
+            self._lock.release()
 
 
 __all__ = ["Kind", "LiveModel"]

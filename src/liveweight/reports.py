@@ -229,6 +229,7 @@ class Change(_Value, Shown):
     reason: str = ""  # why it failed or was refused
     protected: str | None = None  # the protected answer that came with it
     created_at: datetime | None = None
+    made_by: str = ""  # empty where nobody was named
     report: Report | None = None
 
     @property
@@ -278,6 +279,7 @@ class Change(_Value, Shown):
             reason=record.reason,
             protected=protected,
             created_at=record.created_at,
+            made_by=record.made_by,
             report=report,
         )
 

@@ -105,6 +105,41 @@ class MethodSettings(_Group):
     )
 
 
+class ServerSettings(_Group):
+    """How `liveweight serve` listens, and what it lets in."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="The address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
+    page: bool = Field(default=True, description="Whether the page is served beside the API.")
+    rows: int = Field(default=8, ge=1, description="Replies that are decoded together at most.")
+    waiting: int = Field(default=64, ge=0, description="Requests that may wait for their turn; more get a 429.")
+    origins: tuple[str, ...] = Field(
+        default=(), description="Web origins, besides the page's own, whose scripts may call the API."
+    )
+    names: tuple[str, ...] = Field(
+        default=(), description="Host names, besides localhost, by which a server on loopback may be called."
+    )
+    max_body_bytes: int = Field(default=1_000_000, ge=1024, description="The largest request body.")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="The longest prompt; unset is what the model's context takes."
+    )
+    requests_per_minute: int = Field(
+        default=600, ge=1, description="Requests that one key (one address, without keys) may make a minute."
+    )
+    request_seconds: float = Field(
+        default=15.0, gt=0.0, description="Seconds within which a request must have arrived whole."
+    )
+    change_seconds: float = Field(
+        default=30.0,
+        ge=0.0,
+        description="Seconds that a switch (off, on, undo, strength) waits for a change in the making.",
+    )
+    stop_seconds: float = Field(
+        default=20.0, ge=0.0, description="Seconds that replies and jobs get to end when the server is stopped."
+    )
+    log_prompts: bool = Field(default=False, description="Whether logs may hold what people and the model say.")
+
+
 class Settings(BaseSettings):
     """Everything that can be set. Raises InvalidInput for a value that cannot be used, saying where it came from."""
 
@@ -156,9 +191,13 @@ class Settings(BaseSettings):
         default="refresh",
         description="Whether a change lets running replies refresh their cache or waits for them to end.",
     )
+    gate_patience: float = Field(
+        default=30.0, ge=0.0, description="Seconds that a change waits, where the gate is drain, for replies to end."
+    )
     generation: GenerationSettings = Field(default=GenerationSettings(), description="How replies are generated.")
     guard: GuardSettings = Field(default=GuardSettings(), description="How much else a change may move.")
     methods: MethodSettings = Field(default=MethodSettings(), description="How methods look for a change.")
+    server: ServerSettings = Field(default=ServerSettings(), description="How the model is served.")
 
     def __init__(self, **flags: Any) -> None:
         """Read every source. `flags` win over the environment, which wins over the TOML file."""

@@ -29,7 +29,7 @@ def test_a_waiting_change_goes_before_a_waiting_step() -> None:
     inside.wait(10)
     changer = threading.Thread(target=change)
     changer.start()
-    while gate._changes_waiting == 0:
+    while gate.changes_waiting == 0:
         pass
     stepper = threading.Thread(target=step)
     stepper.start()
@@ -62,7 +62,7 @@ def test_draining_makes_a_change_wait_for_the_generation_and_the_next_generation
 
     changer = threading.Thread(target=change)
     changer.start()
-    while gate._changes_waiting == 0:
+    while gate.changes_waiting == 0:
         pass
     second = threading.Thread(target=generate)
     second.start()
@@ -84,4 +84,72 @@ def test_an_error_inside_leaves_the_gate_open() -> None:
             pass
     with gate.change():
         pass
-    assert gate._changes_waiting == 0
+    assert gate.changes_waiting == 0
+
+
+def test_steps_are_taken_in_the_order_in_which_they_came() -> None:
+    gate, order = Gate(), list[int]()
+    threads = []
+
+    def step(number: int) -> None:
+        with gate.step():
+            order.append(number)
+
+    with gate.step():
+        for number in range(6):
+            threads.append(threading.Thread(target=step, args=(number,)))
+            threads[-1].start()
+            while len(gate._steps) <= number:
+                pass
+    for thread in threads:
+        thread.join(10)
+    assert order == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_change_that_drains_goes_ahead_once_its_patience_is_over() -> None:
+    gate = Gate("drain", patience=0.02)
+    assert gate.begin_generation()
+    with gate.change():  # the generation never ends
+        pass
+    gate.end_generation()
+
+
+def test_a_generation_that_may_not_wait_is_told_that_a_change_is_coming() -> None:
+    gate = Gate("drain")
+    gate.begin_generation()
+
+    def change() -> None:
+        with gate.change():
+            pass
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    while not gate.changes_waiting:
+        pass
+    assert not gate.begin_generation(wait=False)
+    gate.end_generation()
+    changer.join(10)
+    assert gate.begin_generation(wait=False)
+    gate.end_generation()
+
+
+def test_a_thread_that_is_interrupted_stops_before_its_next_step_and_others_go_on() -> None:
+    gate, asked = Gate(), list[str]()
+
+    def check() -> None:
+        asked.append("asked")
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+
+    with gate.interruptible(check):
+        with gate.step():
+            pass
+        try:
+            with gate.step():
+                raise AssertionError("it should not have come here")
+        except KeyboardInterrupt:
+            pass
+        other = threading.Thread(target=lambda: gate.step().__enter__())
+        other.start()
+        other.join(10)
+    assert len(asked) == 2

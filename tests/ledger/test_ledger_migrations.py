@@ -28,6 +28,20 @@ def _connection(place: Place) -> Iterator[Connection]:
     engine.dispose()
 
 
+def _make_revision_2(place: Place) -> None:
+    """A ledger of before there was a server, with a reply and a line of the journal."""
+    with _connection(place) as connection:
+        database.upgrade(connection, "2")
+        at = {"hash": MODEL, "at": datetime(2026, 1, 2, tzinfo=UTC)}
+        with connection.begin():
+            connection.execute(text("INSERT INTO models VALUES (:hash, 'tiny', 'tests/tiny', 'llama', :at)"), at)
+            connection.execute(
+                text("INSERT INTO replies VALUES (1, :hash, '[]', '\"Hanoi\"', '[]', '[]', 1, 'v', '{}', '{}', :at)"),
+                at,
+            )
+            connection.execute(text("INSERT INTO events VALUES (1, 'reply', 'r1', :hash, '{}', :at)"), at)
+
+
 def _make_revision_1(place: Place) -> None:
     with _connection(place) as connection:
         database.upgrade(connection, "1")
@@ -55,6 +69,17 @@ def test_an_older_ledger_is_upgraded_on_opening_and_keeps_what_it_holds(place: P
         assert ledger.change(change.id).state == "active"
         with pytest.raises(DBAPIError, match="append-only"), ledger._engine.begin() as connection:
             connection.execute(text("DELETE FROM events"))
+
+
+def test_what_was_written_before_there_was_a_server_was_made_by_nobody_named(place: Place) -> None:
+    _make_revision_2(place)
+    with place.open() as ledger:
+        old = ledger.reply("r1")
+        assert (old.text, old.public_id, old.chat, old.after) == ("Hanoi", None, None, None)
+        assert [event.made_by for event in ledger.events()] == [""]
+        for statement in ("DELETE FROM events", "UPDATE events SET made_by = 'me'"):
+            with pytest.raises(DBAPIError, match="append-only"), ledger._engine.begin() as connection:
+                connection.execute(text(statement))
 
 
 def test_a_reader_upgrades_an_older_ledger_too(place: Place) -> None:

@@ -26,6 +26,7 @@ from liveweight.cli import (
     doctor,
     features,
     judge,
+    keys,
     learn,
     massive,
     models,
@@ -33,6 +34,7 @@ from liveweight.cli import (
     neurons,
     output,
     quantize,
+    serve,
     sparsity,
     steer,
     step,
@@ -151,12 +153,14 @@ for _verb in (
     switch.fold,
     models.models,
     doctor.doctor,
+    serve.serve,
     learn.learn,
     arena.arena,
     tune.tune,
 ):
     app.command()(_verb)
 app.command("super-weights")(super_weights.super_weights)
+app.add_typer(keys.keys, name="keys")
 
 
 def main() -> None:

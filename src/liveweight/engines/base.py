@@ -68,8 +68,9 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    seed: int | None = None
+    seed: int | None = None  # with one, a reply does not depend on what else runs at the same time, to the last bit
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0  # how many of the likeliest tokens come with each token
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ class Token:
     """One generated token and the version of the weights that chose it."""
 
     id: int
-    text: str  # what this token adds to the reply's text; may be empty inside a multi-byte character
+    text: str  # what is now known of the reply's text; empty inside a character, or where a stop word may have begun
     logprob: float
     version: Version
     finish: Literal["", "stop", "length"] = ""
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # watched site -> (size,)
+    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens and their log-probabilities, likeliest first
 
 
 @dataclass(frozen=True)

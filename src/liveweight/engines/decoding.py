@@ -24,7 +24,8 @@ from liveweight.engines.replay import keys_and_values, unembed
 from liveweight.sites import ModelSites
 
 _DIRECT = ("llama", "mistral", "qwen2", "qwen3")
-_CHUNK = 512  # tokens of a prompt that are read in one go, so that a change never waits for a long prompt
+_CHUNK = 256  # tokens of a prompt that are read in one go, so that nobody waits for another's long prompt
+_ROWS = 4  # of a product, at least, where several sequences are decoded together
 
 
 class Decoder(Protocol):
@@ -87,6 +88,11 @@ class DirectDecoder:
         self._final_norm = sites.weight("final_norm.weight").parameter.detach()
         self.neurons: list[Tensor] = []  # of the last step, a layer: (neurons,)
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has read anything."""
+        return self._length > 0
+
     def feed(self, tokens: Sequence[int]) -> Tensor:
         """Read some tokens and return the logits (vocabulary,) after the last of them."""
         if len(tokens) == 1 and self._length:
@@ -133,7 +139,7 @@ class DirectDecoder:
         self._grow(position + 1, self._keys[0].dtype)
         cos, sin = self._cos[position] * self._scales, self._sin[position] * self._scales
         heads, kv_heads, size = sites.heads, sites.kv_heads, sites.head_dim
-        groups, eps = heads // kv_heads, self._eps
+        eps = self._eps
         hidden = self._embed[token]
         self.neurons = []
         for layer, block in enumerate(self._blocks):
@@ -144,13 +150,8 @@ class DirectDecoder:
                 k = F.rms_norm(k, (size,), block.k_norm, eps)
             both = torch.cat((q, k))
             both = torch.addcmul(both * cos, torch.roll(both, self._half, 1), sin)
-            keys, values = self._keys[layer][0], self._values[layer][0]
-            keys[:, position] = both[heads:]
-            values[:, position] = block.v(x).view(kv_heads, size)
-            # The query heads that share a key head stand as that head's queries: no key is repeated.
-            likeness = both[:heads].view(kv_heads, groups, size) @ keys[:, : position + 1].transpose(1, 2)
-            mixed = likeness.softmax(-1) @ values[:, : position + 1]
-            hidden = block.o(mixed.reshape(-1), plus=hidden)
+            mixed = self._attend(layer, both, block.v(x).view(kv_heads, size))
+            hidden = block.o(mixed, plus=hidden)
             x = _normed(hidden, block.mlp_norm, eps)
             neurons = block.act(block.gate(x)) * block.up(x)
             self.neurons.append(neurons)
@@ -158,12 +159,69 @@ class DirectDecoder:
         self._length = position + 1
         return torch.mv(self._head, _normed(hidden, self._final_norm, eps))
 
+    def _attend(self, layer: int, both: Tensor, value: Tensor) -> Tensor:
+        """What the heads give for the next token, (heads · size,).
+
+        `both` (heads + kv_heads, size) are its turned queries, scaled, and turned keys; `value` is (kv_heads, size).
+        """
+        sites, position = self._sites, self._length
+        heads, kv_heads, size = sites.heads, sites.kv_heads, sites.head_dim
+        keys, values = self._keys[layer][0], self._values[layer][0]
+        keys[:, position] = both[heads:]
+        values[:, position] = value
+        # The query heads that share a key head stand as that head's queries: no key is repeated.
+        queries = both[:heads].view(kv_heads, heads // kv_heads, size)
+        likeness = queries @ keys[:, : position + 1].transpose(1, 2)
+        return (likeness.softmax(-1) @ values[:, : position + 1]).reshape(-1)
+
+    @staticmethod
+    def feed_together(decoders: Sequence[DirectDecoder], tokens: Sequence[int]) -> Tensor:
+        """One more token for each of several sequences of one model, which have all read something: (B, vocabulary).
+
+        A row is bit for bit the same whatever the others are and however many: the products are those of four rows at
+        least, where a matrix product sums each row in the same order (two or three rows would be summed otherwise, and
+        take no less time).
+        """
+        first, count = decoders[0], len(decoders)
+        sites, eps = first._sites, first._eps
+        heads, kv_heads, size = sites.heads, sites.kv_heads, sites.head_dim
+        for decoder in decoders:
+            decoder._grow(decoder._length + 1, decoder._keys[0].dtype)
+        turns = [(each._cos[each._length] * each._scales, each._sin[each._length] * each._scales) for each in decoders]
+        cos, sin = (torch.stack(parts) for parts in zip(*turns, strict=True))  # (B, heads + kv_heads, size) each
+        padding = [tokens[0]] * max(0, _ROWS - count)
+        hidden = first._embed[[*tokens, *padding]]  # (R, width)
+        mixed = hidden.new_zeros(len(hidden), heads * size)
+        for layer, block in enumerate(first._blocks):
+            x = _normed_rows(hidden, block.attn_norm, eps)
+            q = block.q.rows(x)[:count].view(count, heads, size)
+            k = block.k.rows(x)[:count].view(count, kv_heads, size)
+            if block.q_norm is not None and block.k_norm is not None:
+                q = F.rms_norm(q, (size,), block.q_norm, eps)
+                k = F.rms_norm(k, (size,), block.k_norm, eps)
+            both = torch.cat((q, k), dim=1)
+            both = torch.addcmul(both * cos, torch.roll(both, first._half, 2), sin)
+            values = block.v.rows(x)[:count].view(count, kv_heads, size)
+            for row, decoder in enumerate(decoders):
+                mixed[row] = decoder._attend(layer, both[row], values[row])
+            hidden = block.o.rows(mixed, plus=hidden)
+            x = _normed_rows(hidden, block.mlp_norm, eps)
+            hidden = block.down.rows(block.act(block.gate.rows(x)) * block.up.rows(x), plus=hidden)
+        for decoder in decoders:
+            decoder._length += 1
+        return (_normed_rows(hidden, first._final_norm, eps) @ first._head.t())[:count]
+
 
 def _normed(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of one vector (width,); in float32 as three small operations instead of a dozen."""
     if hidden.dtype != torch.float32:
         return F.rms_norm(hidden, hidden.shape, weight, eps)
     return (hidden * weight).mul_((float(hidden.dot(hidden)) / hidden.shape[0] + eps) ** -0.5)
+
+
+def _normed_rows(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of each row of (R, width)."""
+    return F.rms_norm(hidden, hidden.shape[-1:], weight, eps)
 
 
 class _Linear:
@@ -182,6 +240,12 @@ class _Linear:
         if self.bias is not None:
             plus = self.bias if plus is None else plus + self.bias
         return torch.mv(self.weight, x) if plus is None else torch.addmv(plus, self.weight, x)
+
+    def rows(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """The same for each row of (R, columns)."""
+        if self.bias is not None:
+            plus = self.bias if plus is None else plus + self.bias
+        return torch.mm(x, self.weight.t()) if plus is None else torch.addmm(plus, x, self.weight.t())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,58 +1,110 @@
 """The gate between running generations and changes of the weights.
 
 Owns who may touch the model when: one step (a prefill, one decoded token, one measured batch) or one change at a time,
-a waiting change before waiting steps. In `drain` mode a change also waits until the generations that have begun are
-over, and new ones wait for the change. Knows nothing of what a step or a change is.
+a waiting change before waiting steps, and steps in the order in which they came. In `drain` mode a change also waits
+until the generations that have begun are over, but no longer than it was told, and new ones wait for the change. Knows
+nothing of what a step or a change is.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 GateMode = Literal["refresh", "drain"]
+PATIENCE = 30.0  # seconds that a change waits for generations to end
+
+
+class _Here(threading.local):
+    """What the thread that is here wants to be asked before each of its steps."""
+
+    check: Callable[[], None] | None = None
+
+
+def _nothing() -> None:
+    """Go on."""
 
 
 class Gate:
     """One door for steps and changes. Every method may be called from any thread."""
 
-    def __init__(self, mode: GateMode = "refresh") -> None:
-        """`refresh`: changes come between steps. `drain`: changes come between generations."""
+    def __init__(self, mode: GateMode = "refresh", patience: float = PATIENCE) -> None:
+        """`refresh`: changes come between steps. `drain`: between generations, if these end within `patience` seconds.
+
+        A change whose patience is over comes between two steps, and the generations refresh.
+        """
         self.mode: GateMode = mode
+        self.patience = patience
         self._door = threading.Condition()
         self._holder: int | None = None  # the thread inside
         self._depth = 0
-        self._changes_waiting = 0
+        self._steps: deque[object] = deque()  # that wait, the first to come first
+        self._overdue: list[float] = []  # of each waiting change: from when on it waits for no generation
         self._generations = 0
+        self._here = _Here()
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Hold the model for one step. A thread that is inside already may enter again."""
-        with self._inside(change=False):
+        if self._here.check is not None:
+            self._here.check()
+        me = threading.get_ident()
+        with self._door:
+            if self._holder != me:
+                ticket = object()
+                self._steps.append(ticket)
+                try:
+                    while self._holder is not None or self._steps[0] is not ticket or self._change_is_next():
+                        self._door.wait()
+                finally:
+                    self._steps.remove(ticket)
+                    self._door.notify_all()  # the next one in line may look, even where this one gave up
+                self._holder = me
+            self._depth += 1
+        try:
             yield
+        finally:
+            self._leave()
 
     @contextmanager
     def change(self) -> Iterator[None]:
         """Hold the model for a change of its weights."""
-        with self._door:
-            self._changes_waiting += 1
-        try:
-            with self._inside(change=True):
-                yield
-        finally:
-            with self._door:
-                self._changes_waiting -= 1
-                self._door.notify_all()
-
-    def begin_generation(self) -> None:
-        """Say that a generation starts; waits, in drain mode, for changes that wait already."""
         me = threading.get_ident()
         with self._door:
-            while self.mode == "drain" and self._changes_waiting and self._holder != me:
+            if self._holder != me:
+                overdue = time.monotonic() + self.patience
+                self._overdue.append(overdue)
+                try:
+                    while self._holder is not None or self._waits_for_generations(overdue):
+                        left = overdue - time.monotonic()
+                        self._door.wait(left if self.mode == "drain" and left > 0 else None)
+                finally:
+                    self._overdue.remove(overdue)
+                    self._door.notify_all()
+                self._holder = me
+            self._depth += 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def begin_generation(self, *, wait: bool = True) -> bool:
+        """Say that a generation starts, which in drain mode has to wait for changes that wait already.
+
+        Without `wait` it is told so by False, and has not begun.
+        """
+        me = threading.get_ident()
+        with self._door:
+            while self.mode == "drain" and self._overdue and self._holder != me:
+                if not wait:
+                    return False
                 self._door.wait()
             self._generations += 1
+            return True
 
     def end_generation(self) -> None:
         """Say that a generation is over."""
@@ -61,25 +113,40 @@ class Gate:
             self._door.notify_all()
 
     @contextmanager
-    def _inside(self, *, change: bool) -> Iterator[None]:
-        me = threading.get_ident()
-        with self._door:
-            if self._holder != me:
-                while self._holder is not None or self._must_wait(change):
-                    self._door.wait()
-                self._holder = me
-            self._depth += 1
+    def interruptible(self, check: Callable[[], None]) -> Iterator[None]:
+        """Ask `check` before each step that this thread takes inside the block; what it raises ends the work there."""
+        before = self._here.check
+        self._here.check = check
         try:
             yield
         finally:
-            with self._door:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._holder = None
-                    self._door.notify_all()
+            self._here.check = before
 
-    def _must_wait(self, change: bool) -> bool:
-        if self.mode == "drain":
-            # Steps of generations that have begun go on; the change comes when the last of them is over.
-            return change and self._generations > 0
-        return not change and self._changes_waiting > 0
+    @contextmanager
+    def uninterruptible(self) -> Iterator[None]:
+        """Ask nothing inside the block: what this thread has begun to commit is brought to its end."""
+        with self.interruptible(_nothing):
+            yield
+
+    @property
+    def changes_waiting(self) -> int:
+        """How many changes are at the door."""
+        with self._door:
+            return len(self._overdue)
+
+    def _leave(self) -> None:
+        with self._door:
+            self._depth -= 1
+            if self._depth == 0:
+                self._holder = None
+                self._door.notify_all()
+
+    def _change_is_next(self) -> bool:
+        """Whether a step has to let a change go first."""
+        if self.mode == "refresh":
+            return bool(self._overdue)
+        # Steps of generations that have begun go on; the change comes when the last of them is over.
+        return any(not self._waits_for_generations(overdue) for overdue in self._overdue)
+
+    def _waits_for_generations(self, overdue: float) -> bool:
+        return self.mode == "drain" and self._generations > 0 and time.monotonic() < overdue

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from transformers import DynamicCache
 
 from liveweight.adjustments import ActivationState, Active, State, WeightState, state_hash
 from liveweight.engines.base import Message, ModelInfo, Objective, Sampling, Score, ScoreItem, Token, Trace, Version
-from liveweight.engines.chat_format import ChatFormat, TextStream
+from liveweight.engines.chat_format import ChatFormat
 from liveweight.engines.decoding import Decoder, DirectDecoder, chunks, decoder
-from liveweight.engines.gate import Gate, GateMode
+from liveweight.engines.gate import PATIENCE, Gate, GateMode
+from liveweight.engines.generation import Generation
 from liveweight.engines.model_source import LoadedModel
 from liveweight.engines.prefix_tree import PrefixTree
 from liveweight.engines.replay import Replay, full_cache, record, unembed, unembed_tokens
@@ -41,6 +42,7 @@ class TransformersEngine:
         loaded: LoadedModel,
         *,
         gate: GateMode = "refresh",
+        patience: float = PATIENCE,
         system: str | None = None,
         threads: int | None = None,
         spare_neurons: int = SPARE,
@@ -55,14 +57,14 @@ class TransformersEngine:
         self.loaded = loaded
         self.sites = with_spare_neurons(model_sites(loaded.model), spare_neurons)
         self.format = ChatFormat(loaded.tokenizer, loaded.model, system)
-        self.gate = Gate(gate)
+        self.gate = Gate(gate, patience)
         self.weights = WeightState(self.sites)
         self.activations = ActivationState(self.sites)
         self._state: State = ()
         self._trees: dict[str, PrefixTree] | None = None  # state -> what was run under it, while remembering
         self._said: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # state, prompt -> its greedy answer, likewise
         self._info = self._describe()
-        self._version = Version(0, self._hash(()))
+        self._version = Version(0, self.version_hash(()))
         self._numbers = {self._version.hash: 0}  # a state that comes back has its number back
         self.of_base: dict[Hashable, Any] = {}
         """What was read of the base and need not be read again, by whoever read it: true whatever the state is."""
@@ -89,7 +91,7 @@ class TransformersEngine:
         with self.gate.change():
             self._move(state)
             self._state = state
-            digest = self._hash(state)
+            digest = self.version_hash(state)
             self._version = Version(self._numbers.setdefault(digest, len(self._numbers)), digest)
             return self._version
 
@@ -126,7 +128,8 @@ class TransformersEngine:
         self.weights.become(state)
         self.activations.become(state)
 
-    def _hash(self, state: State) -> str:
+    def version_hash(self, state: State) -> str:
+        """The hash of the version that `become(state)` would give."""
         return hashlib.sha256(f"{self.loaded.hash}:{state_hash(state)}".encode()).hexdigest()
 
     def _describe(self) -> ModelInfo:
@@ -175,62 +178,45 @@ class TransformersEngine:
         stops the generation. Raises InvalidInput for a prompt that is too long.
         """
         sampling = sampling or Sampling()
-        room = self._info.context - len(prompt) if self._info.context else sampling.max_tokens
-        if room < 1:
-            raise InvalidInput(
-                f"The prompt has {len(prompt)} tokens, and the model's context has {self._info.context}.",
-                hint="Shorten the chat, or begin a new one.",
-            )
-        if not prompt:
-            raise InvalidInput("The prompt has no tokens.", hint="Give some text.")
+        generation = Generation(self.format, prompt, sampling, self._info.context)
         points = [self.sites.activation(site) for site in watch]
-        return self._tokens(list(prompt), sampling, min(room, sampling.max_tokens), [p.site for p in points])
+        return self._tokens(generation, [point.site for point in points])
 
-    def _tokens(self, ids: list[int], sampling: Sampling, most: int, watch: list[str]) -> Iterator[Token]:
-        generator = torch.Generator().manual_seed(sampling.seed) if sampling.seed is not None else torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        stream, said, made = TextStream(self.format), "", 0
-        prompt_length = len(ids)
+    def _tokens(self, generation: Generation, watch: list[str]) -> Iterator[Token]:
+        ids = generation.ids
         running: Decoder | None = None
         version, fed = self._version, 0
         self.gate.begin_generation()
         try:
-            while made < most:
-                with self.gate.step(), self.activations.prompt(prompt_length), torch.inference_mode():
+            while not generation.over:
+                with self.gate.step(), self.activations.prompt(generation.prompt_length), torch.inference_mode():
                     if running is None or version != self._version:
-                        running = self._decoder(watch)
+                        running = self.decoder(watch)
                         version, fed = self._version, 0
                     piece = chunks(ids[fed:])[0]
                     values: dict[str, Tensor] = {}
-                    logits = self._feed(running, piece, watch, values)
+                    logits = self._feed(running, piece, watch, values, seeded=generation.sampling.seed is not None)
                     fed += len(piece)
                     if fed < len(ids):
                         continue
-                    token, logprob = _choose(logits, sampling, generator)
-                ids.append(token)
-                made += 1
-                ended = token in self.format.end_tokens
-                text = "" if ended else stream.push(token)
-                said += text
-                stop = next((word for word in sampling.stop if word in said), None)
-                if stop is not None:
-                    text = text[: max(0, len(text) - (len(said) - said.index(stop)))]
-                finish: Literal["", "stop", "length"] = (
-                    "stop" if ended or stop is not None else "length" if made == most else ""
-                )
-                yield Token(token, text, logprob, version, finish, values)
-                if finish:
+                    token = generation.draw(logits, version, values)
+                yield token
+                if token.finish:
                     return
         finally:
             self.gate.end_generation()
 
-    def _decoder(self, watch: list[str]) -> Decoder:
+    def decoder(self, watch: Sequence[str] = ()) -> Decoder:
+        """A decoder of a new sequence under the weights of now, for whoever holds the gate and will `watch` sites."""
         direct = not self.activations.hooks and all(site.endswith(".mlp.neurons") for site in watch)
         return decoder(self.model, self.sites, direct=direct)
 
-    def _feed(self, running: Decoder, piece: Sequence[int], watch: list[str], values: dict[str, Tensor]) -> Tensor:
+    def _feed(
+        self, running: Decoder, piece: Sequence[int], watch: list[str], values: dict[str, Tensor], *, seeded: bool
+    ) -> Tensor:
         if not watch:
+            if seeded and isinstance(running, DirectDecoder) and running.begun and len(piece) == 1:
+                return DirectDecoder.feed_together([running], piece)[0]
             return running.feed(piece)
         with ExitStack() as hooks:
             for site in watch:
@@ -531,27 +517,6 @@ def raw_bytes(tensor: Tensor) -> NDArray[np.uint8]:
 
 def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
     return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
-
-
-def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, float]:
-    """The next token of (vocabulary,) logits and its log-probability under the model."""
-    logprobs = logits.float().log_softmax(-1)
-    if sampling.temperature == 0.0:
-        token = int(logprobs.argmax())
-        return token, float(logprobs[token])
-    if sampling.temperature < 0.0:
-        raise InvalidInput(f"The temperature cannot be {sampling.temperature}.", hint="Give 0 or more.")
-    scaled = (logprobs / sampling.temperature).softmax(-1).cpu()
-    if sampling.top_k:
-        floor = scaled.topk(min(sampling.top_k, len(scaled))).values[-1]
-        scaled = torch.where(scaled < floor, 0.0, scaled)
-    if sampling.top_p < 1.0:
-        ordered, order = scaled.sort(descending=True)
-        # A token stays while the likelier ones before it have not filled the mass yet.
-        drop = (ordered.cumsum(0) - ordered) / ordered.sum() >= sampling.top_p
-        scaled[order[drop]] = 0.0
-    token = int(torch.multinomial(scaled, 1, generator=generator))
-    return token, float(logprobs[token])
 
 
 def load_engine(

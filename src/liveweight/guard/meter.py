@@ -112,9 +112,10 @@ class Guard:
         leave_out: Sequence[str] = (),
         facts: int = 1,
         only: Sequence[str] | None = None,
+        before: State | None = None,
         progress: bool = True,
     ) -> GuardReport:
-        """Compare `after` with the engine's present state on every probe and every protected answer.
+        """Compare `after` with `before`, the engine's present state unless told, on every probe and protected answer.
 
         Probes that ask one of the questions in `leave_out` are left out: they are what the change is about; with
         `only`, all but those with one of its texts are. `facts` is how many the change brings at once.
@@ -125,7 +126,7 @@ class Guard:
             for i, row in enumerate(rows)
             if (only is None or row.text in only) and not any(row.asks(question) for question in leave_out)
         ]
-        return self._compare(after, chosen, protected, progress, facts)
+        return self._compare(after, chosen, protected, progress, facts, before)
 
     def screen(self, after: State, question: str, *, protected: Sequence[ProtectedItem] = ()) -> GuardReport:
         """The same on the few probes that are most like `question`: quick, for use inside a search."""
@@ -142,10 +143,16 @@ class Guard:
     # ------------------------------------------------------------------------------------------------ comparing
 
     def _compare(
-        self, after: State, chosen: list[int], protected: Sequence[ProtectedItem], progress: bool, facts: int = 1
+        self,
+        after: State,
+        chosen: list[int],
+        protected: Sequence[ProtectedItem],
+        progress: bool,
+        facts: int = 1,
+        before: State | None = None,
     ) -> GuardReport:
         begun = time.perf_counter()
-        now = self.engine.state
+        now = self.engine.state if before is None else before
         rows = self._reference(progress)
         before_seen = self._look(now, chosen, progress)
         after_seen = self._look(after, chosen, progress, beside=now)

@@ -6,8 +6,9 @@ Owns the connections, the locks and the blobs' folder of one open workspace. Kno
 from __future__ import annotations
 
 import errno
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ from liveweight.errors import LedgerUnavailable, NoSpace, StateConflict, Unsuppo
 from liveweight.ledger import database
 from liveweight.ledger.blobs import BlobStore
 from liveweight.ledger.lock import FolderLock, take_advisory_lock
+
+_LOG = logging.getLogger(__name__)
 
 
 class Access:
@@ -36,6 +39,10 @@ class Access:
         self._opened = opened
         self._closed = False
         self._mutex = threading.RLock()
+        self._depth = 0  # of the blocks that hold the mutex, one in another
+        self._session: Session | None = None  # of the transaction that `together` has begun
+        self._committed = False  # since listeners were told the last time
+        self._listeners: tuple[Callable[[], None], ...] = ()
 
     @classmethod
     def open(cls, workspace: Path, url: str | None = None, *, read_only: bool = False) -> Self:
@@ -59,7 +66,7 @@ class Access:
             opening.callback(engine.dispose)
             with database.translated(place):
                 # The writer is the connection that holds the server's lock: no lock, no write.
-                writer = opening.enter_context(engine.connect())
+                writer = database.to_write(opening.enter_context(engine.connect()))
                 if file is None:
                     take_advisory_lock(writer, place)
                 with writer.begin():
@@ -102,17 +109,78 @@ class Access:
     ) -> None:
         self.close()
 
+    def on_commit(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Have `listener` called after each committed transaction; what is returned ends that.
+
+        It is called in the thread that wrote, which holds nothing of the ledger any more. What it raises is only
+        logged.
+        """
+
+        def call() -> None:  # of its own, so that one that is given twice can be taken away once
+            listener()
+
+        with self._mutex:
+            self._listeners = (*self._listeners, call)
+
+        def end() -> None:
+            with self._mutex:
+                self._listeners = tuple(each for each in self._listeners if each is not call)
+
+        return end
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make all that is written in this block one transaction: all of it is durable when it ends, or nothing is.
+
+        Reading inside the block still sees what was there before it.
+        """
+        with self._write() as session:
+            around, self._session = self._session, session
+            try:
+                yield
+            finally:
+                self._session = around
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other writers out; who listens is told of what was committed when the outermost such block is over."""
+        news = False
+        try:
+            with self._mutex:
+                self._depth += 1
+                try:
+                    yield
+                finally:
+                    self._depth -= 1
+                    if self._depth == 0:
+                        news, self._committed = self._committed, False
+        finally:
+            if news:
+                self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            try:
+                listener()
+            except Exception:
+                _LOG.exception("A listener to the ledger failed.")
+
     @contextmanager
     def _write(self) -> Iterator[Session]:
         """One transaction: all of it is durable when the block ends, or none of it ever was."""
-        with self._mutex:
+        with self._alone():
             self._require_open()
             if self._writer is None:
                 raise _reading_only()
             if self._writer.invalidated:  # with the connection went the lock: another process may have written since
                 raise LedgerUnavailable(f"The connection to {self.place} was lost.", hint="Open the ledger again.")
+            if self._session is not None:
+                with database.translated(self.place), self._session.begin_nested():
+                    yield self._session
+                return
             with database.translated(self.place), Session(self._writer) as session, session.begin():
                 yield session
+            self._committed = True
 
     @contextmanager
     def _read(self) -> Iterator[Session]:

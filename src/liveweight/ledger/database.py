@@ -34,6 +34,7 @@ from liveweight.ledger.tables import Base
 
 FILE_NAME = "ledger.sqlite3"
 _REVISIONS = "ledger_revision"
+_WRITES = "liveweight_writes"
 _SQLITE_NO_SPACE = (
     sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR_WRITE,
@@ -95,6 +96,11 @@ def connect(url: URL, *, read_only: bool) -> Engine:
     return engine
 
 
+def to_write(connection: Connection) -> Connection:
+    """The same connection, whose transactions are to write; another one's may be under way meanwhile."""
+    return connection.execution_options(**{_WRITES: True})
+
+
 def empty_in_memory() -> Engine:
     """What a reader sees where nothing has been written yet."""
     engine = create_engine(
@@ -118,8 +124,10 @@ def _configure_sqlite(engine: Engine, *, read_only: bool) -> None:
             cursor.execute("PRAGMA synchronous = FULL")
         cursor.close()
 
+    # A transaction that reads first and writes then fails where another connection wrote in between, so one that is
+    # to write takes the file's write lock at once, and waits for it.
     def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(_WRITES) else "BEGIN")
 
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)

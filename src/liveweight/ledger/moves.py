@@ -18,7 +18,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from liveweight.errors import InvalidInput, StateConflict
-from liveweight.ledger import reading
+from liveweight.ledger import once, reading
+from liveweight.ledger.actor import actor
 from liveweight.ledger.records import ChangeState, IntendedMove, Move, Proposal, plain
 from liveweight.ledger.tables import ChangeRow, EventRow, FeedbackRow, IntentRow, ReportRow, now
 
@@ -37,46 +38,49 @@ _FINAL = {
 def note(
     session: Session, kind: str, subject: str, model: str | None, details: Mapping[str, Any] | None = None
 ) -> None:
-    """Add a line to the journal."""
-    session.add(EventRow(kind=kind, subject=subject, model_hash=model, details=plain(details or {})))
+    """Add a line to the journal, with the name of who is at work."""
+    line = EventRow(kind=kind, subject=subject, model_hash=model, details=plain(details or {}), made_by=actor().name)
+    session.add(line)
 
 
 def insert_change(
     session: Session, proposal: Proposal, blob: str | None, state: Literal["intended", "refused"], reason: str = ""
 ) -> ChangeRow:
-    """Write a proposal down as the last change of its model."""
+    """Write a proposal down as the last change of its model; in place of what an earlier run of the same job began."""
     reading.require_model(session, proposal.model)
     strength = _strength(proposal.strength)
     if proposal.feedback is not None and session.get(FeedbackRow, proposal.feedback) is None:
         raise InvalidInput(f"There is no feedback {proposal.feedback}.", hint="Record it with add_feedback first.")
-    last = session.scalar(select(func.max(ChangeRow.position)).where(ChangeRow.model_hash == proposal.model))
     adjustment, key = proposal.adjustment, proposal.key
     tree, _ = adjustment.to_parts()
-    row = ChangeRow(
-        model_hash=proposal.model,
-        position=(last or 0) + 1,
-        state=state,
-        strength=strength,
-        name=adjustment.name,
-        method=adjustment.method,
-        adjustment_hash=adjustment.hash,
-        adjustment=tree,
-        blob_hash=blob,
-        feedback_id=proposal.feedback,
-        question=proposal.question,
-        wanted=proposal.wanted,
-        prompt_hash=proposal.prompt_hash,
-        key_layer=None if key is None else key.layer,
-        key_vector=reading.key_bytes(key),
-        forced=proposal.forced,
-        reason=reason,
-    )
+    row = once.change(session, proposal) or _last(session, proposal.model)
+    row.state = state
+    row.strength = strength
+    row.name = adjustment.name
+    row.method = adjustment.method
+    row.adjustment_hash = adjustment.hash
+    row.adjustment = tree
+    row.blob_hash = blob
+    row.feedback_id = proposal.feedback
+    row.question = proposal.question
+    row.wanted = proposal.wanted
+    row.prompt_hash = proposal.prompt_hash
+    row.key_layer = None if key is None else key.layer
+    row.key_vector = reading.key_bytes(key)
+    row.forced = proposal.forced
+    row.reason = reason
+    row.made_by, row.job_id = actor().name, actor().job
     session.add(row)
     session.flush()
     session.add(ReportRow(change_id=row.id, report=plain(proposal.report)))
     what = {"name": row.name, "method": row.method, "adjustment": row.adjustment_hash, "strength": strength}
     note(session, state, f"c{row.id}", row.model_hash, what | {"forced": row.forced, "reason": reason})
     return row
+
+
+def _last(session: Session, model: str) -> ChangeRow:
+    last = session.scalar(select(func.max(ChangeRow.position)).where(ChangeRow.model_hash == model))
+    return ChangeRow(model_hash=model, position=(last or 0) + 1)
 
 
 def open_intent(session: Session, model: str, moves: Sequence[IntendedMove], change: int | None) -> IntentRow:

@@ -10,21 +10,24 @@ from typing import Any, TypeVar
 
 import torch
 from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
-from liveweight.errors import WrongModel
+from liveweight.errors import InvalidInput, UnknownReply, WrongModel
 from liveweight.ledger.records import (
     Change,
+    Conversation,
     Event,
     Feedback,
     IdLetter,
     Intent,
+    Job,
     Key,
     KnownModel,
     ProtectedAnswer,
     Record,
     Reply,
     parse_id,
+    speaking_id,
     unknown_id,
 )
 from liveweight.ledger.tables import (
@@ -33,6 +36,7 @@ from liveweight.ledger.tables import (
     EventRow,
     FeedbackRow,
     IntentRow,
+    JobRow,
     ModelRow,
     ProtectedRow,
     ReplyRow,
@@ -41,6 +45,7 @@ from liveweight.ledger.tables import (
 
 _RECORDS: tuple[tuple[type[Base], type[Record]], ...] = (
     (ModelRow, KnownModel),
+    (JobRow, Job),
     (ReplyRow, Reply),
     (FeedbackRow, Feedback),
     (ChangeRow, Change),
@@ -53,7 +58,7 @@ _LARGEST = 2**31 - 1  # id that the tables can hold
 
 
 R = TypeVar("R", bound=Record)
-Row = TypeVar("Row", ReplyRow, ChangeRow, ProtectedRow)
+Row = TypeVar("Row", ReplyRow, ChangeRow, ProtectedRow, JobRow)
 
 
 def to_record(kind: type[R], row: Base) -> R:
@@ -66,13 +71,32 @@ def to_record(kind: type[R], row: Base) -> R:
 
 
 def find(session: Session, table: type[Row], written: int | str, letter: IdLetter) -> Row:
-    """The row of that id. Raises UnknownReply, UnknownChange or InvalidInput, naming the nearest there is."""
+    """The row of that id. Raises UnknownReply, UnknownChange, UnknownJob or InvalidInput, with the nearest there is."""
     number = parse_id(written, letter)
     row = session.get(table, number) if number <= _LARGEST else None
     if row is None:
         nearest = select(table.id).order_by(func.abs(table.id - min(number, _LARGEST)), table.id).limit(1)
         raise unknown_id(number, letter, session.scalar(nearest))
     return row
+
+
+def find_reply(session: Session, written: int | str) -> ReplyRow:
+    """The reply of that id, or of that public id. Raises UnknownReply."""
+    try:
+        return find(session, ReplyRow, written, "r")
+    except UnknownReply:
+        row = _with_public_id(session, written) if isinstance(written, str) else None
+        if row is None:
+            raise
+        return row
+
+
+def _with_public_id(session: Session, written: str) -> ReplyRow | None:
+    try:
+        known = speaking_id(written.strip(), "an id")
+    except InvalidInput:  # no column may be asked for every text: PostgreSQL refuses U+0000
+        return None
+    return session.scalar(select(ReplyRow).where(ReplyRow.public_id == known))
 
 
 def find_change(session: Session, written: int | str, model: str | None = None) -> ChangeRow:
@@ -99,12 +123,43 @@ def require_model(session: Session, model: str) -> ModelRow:
     return row
 
 
-def replies(session: Session, model: str | None, limit: int | None) -> list[Reply]:
-    """The newest replies first."""
+def replies(
+    session: Session, model: str | None, limit: int | None, chat: str | None = None, before: int | None = None
+) -> list[Reply]:
+    """The newest replies first, of one conversation or of all, from behind the reply `before` on."""
     query = select(ReplyRow).order_by(ReplyRow.id.desc()).limit(limit)
     if model is not None:
         query = query.where(ReplyRow.model_hash == model)
+    if chat is not None:
+        query = query.where(ReplyRow.chat == chat)
+    if before is not None:
+        query = query.where(ReplyRow.id < before)
     return [to_record(Reply, row) for row in session.scalars(query)]
+
+
+def chats(session: Session, model: str | None, limit: int | None) -> list[Conversation]:
+    """The conversations, the one with the newest reply first."""
+    first, newest = func.min(ReplyRow.id), func.max(ReplyRow.id)
+    each = select(first.label("first"), newest.label("newest"), func.count().label("count"))
+    each = each.where(ReplyRow.chat.is_not(None)).group_by(ReplyRow.chat)
+    if model is not None:
+        each = each.where(ReplyRow.model_hash == model)
+    of = each.order_by(newest.desc()).limit(limit).subquery()
+    start, end = aliased(ReplyRow), aliased(ReplyRow)
+    query = (
+        select(end.chat, start.messages, end.id, end.created_at, of.c.count)
+        .join_from(of, start, start.id == of.c.first)
+        .join(end, end.id == of.c.newest)
+        .order_by(end.id.desc())
+    )
+    return [
+        Conversation(id=chat or "", title=_title(messages), newest=number, at=at, count=count)
+        for chat, messages, number, at, count in session.execute(query)
+    ]
+
+
+def _title(messages: Sequence[dict[str, str]]) -> str:
+    return next((turn["content"] for turn in messages if turn["role"] == "user"), "")
 
 
 def changes(session: Session, model: str | None, states: Sequence[str] | None) -> list[ChangeRow]:
@@ -184,9 +239,11 @@ def _cosine(one: Key, other: Key | None) -> float:
     return float(left @ right) / lengths if lengths > 0 else -1.0
 
 
-def events(session: Session, after: int, subject: str | None, limit: int | None) -> list[Event]:
+def events(session: Session, after: int | None, subject: str | None, limit: int | None) -> list[Event]:
     """The journal from the line behind `after` on, oldest first."""
-    query = select(EventRow).where(EventRow.id > after).order_by(EventRow.id).limit(limit)
+    query = select(EventRow).order_by(EventRow.id).limit(limit)
+    if after is not None:
+        query = query.where(EventRow.id > after)
     if subject is not None:
         query = query.where(EventRow.subject == subject)
     return [to_record(Event, row) for row in session.scalars(query)]

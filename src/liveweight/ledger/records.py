@@ -1,6 +1,6 @@
 """The values that the ledger gives and takes.
 
-Owns the frozen records, the ids as people write them (`r12`, `c3`, `p1`), and how any value becomes JSON. Knows
+Owns the frozen records, the ids as people write them (`r12`, `c3`, `p1`, `j4`), and how any value becomes JSON. Knows
 nothing of databases.
 """
 
@@ -19,17 +19,20 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from liveweight.adjustments import Adjustment
-from liveweight.errors import InvalidInput, UnknownChange, UnknownReply
+from liveweight.errors import InvalidInput, UnknownChange, UnknownJob, UnknownReply
 
 ChangeState = Literal["intended", "active", "off", "undone", "refused", "failed"]
 Verdict = Literal["good", "bad", "fix"]
 IntentStatus = Literal["open", "finished", "abandoned"]
-IdLetter = Literal["r", "c", "p"]
+JobStatus = Literal["queued", "running", "done", "failed", "cancelled"]
+Role = Literal["chat", "editor"]
+IdLetter = Literal["r", "c", "p", "j"]
 
 _KINDS: dict[IdLetter, tuple[str, type[InvalidInput]]] = {
     "r": ("reply", UnknownReply),
     "c": ("change", UnknownChange),
     "p": ("protected answer", InvalidInput),
+    "j": ("job", UnknownJob),
 }
 
 
@@ -69,7 +72,11 @@ class KnownModel(Record):
 
 
 class Reply(Record):
-    """What a model answered. `messages` are the chat before it; `details` hold what else the engine said."""
+    """What a model answered. `messages` are the chat before it; `details` hold what else the engine said.
+
+    `public_id` is how an API's clients know it, `chat` the conversation that it belongs to, `after` the reply that it
+    went on from.
+    """
 
     id: int
     model: str
@@ -82,11 +89,24 @@ class Reply(Record):
     sampling: dict[str, Any]
     details: dict[str, Any]
     created_at: datetime
+    public_id: str | None = None
+    chat: str | None = None
+    after: int | None = None
 
     @property
     def label(self) -> str:
         """The id as people read it."""
         return f"r{self.id}"
+
+
+class Conversation(Record):
+    """Replies that belong together. `title` is what the person said first, `newest` the last reply, at `at`."""
+
+    id: str
+    title: str
+    newest: int
+    at: datetime
+    count: int
 
 
 class Feedback(Record):
@@ -101,7 +121,10 @@ class Feedback(Record):
 
 
 class Change(Record):
-    """An adjustment in the ledger, without its tensors (`Ledger.adjustment` gives those)."""
+    """An adjustment in the ledger, without its tensors (`Ledger.adjustment` gives those).
+
+    `made_by` is who made it, empty where nobody was named; `job` is the job that did.
+    """
 
     id: int
     model: str
@@ -122,6 +145,8 @@ class Change(Record):
     reason: str
     created_at: datetime
     updated_at: datetime
+    made_by: str = ""
+    job: int | None = None
 
     @property
     def label(self) -> str:
@@ -180,6 +205,70 @@ class Event(Record):
     model: str | None
     details: dict[str, Any]
     created_at: datetime
+    made_by: str = ""
+
+
+class Job(Record):
+    """Longer work that was asked of a server, and what became of it.
+
+    `error` is an error as the API prints it, with its `status`; `cancel_asked` says that a running one is to stop;
+    `starts` is how often it was begun, which is more than once where the program was stopped meanwhile.
+    """
+
+    id: int
+    kind: str
+    status: JobStatus
+    author: str
+    request: dict[str, Any]
+    progress: dict[str, Any] | None
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    idempotency_key: str | None
+    cancel_asked: bool
+    starts: int
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+    @property
+    def label(self) -> str:
+        """The id as people read it."""
+        return f"j{self.id}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will become of it."""
+        return self.status not in ("queued", "running")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the API and `--json` print it."""
+        return {"label": self.label, **self.model_dump(mode="json")}
+
+
+class ApiKey(Record):
+    """A key to a server, without what makes it one: its `shown` is how it begins."""
+
+    id: int
+    name: str
+    role: Role
+    shown: str
+    created_at: datetime
+    last_used_at: datetime | None
+    revoked_at: datetime | None
+
+    @property
+    def label(self) -> str:
+        """The id as people read it."""
+        return f"k{self.id}"
+
+    @property
+    def may_edit(self) -> bool:
+        """Whether it may change the model. Every key may chat and read."""
+        return self.role == "editor"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the API and `--json` print it."""
+        return {"label": self.label, **self.model_dump(mode="json")}
 
 
 @dataclass(frozen=True)
@@ -223,6 +312,15 @@ def parse_id(written: str | int, letter: IdLetter) -> int:
     if match is None:
         raise error(f"{text!r} is not the id of a {kind}.", hint=f"It looks like {letter}3.", id=text)
     return int(match[1].lstrip("0")[:12] or 0)  # no ledger holds that many; a longer one is unknown all the same
+
+
+def speaking_id(written: str, what: str) -> str:
+    """An id that somebody else chose, as a column of 64 characters takes it. Raises InvalidInput for another."""
+    if re.fullmatch(r"[A-Za-z0-9._:-]{1,64}", written, re.ASCII) is None:
+        raise InvalidInput(
+            f"{written[:80]!r} cannot be {what}.", hint="Use at most 64 letters, digits, dots, colons and hyphens."
+        )
+    return written
 
 
 def unknown_id(number: int, letter: IdLetter, nearest: int | None) -> InvalidInput:

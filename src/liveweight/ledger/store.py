@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from liveweight.adjustments import Active, Adjustment, State
@@ -27,130 +27,30 @@ from liveweight.errors import (
     LedgerDamaged,
     LiveweightError,
     StateConflict,
-    WrongModel,
 )
-from liveweight.ledger import moves, reading
-from liveweight.ledger.access import Access
+from liveweight.ledger import moves, once, reading
+from liveweight.ledger.queue import Queue
 from liveweight.ledger.records import (
     Change,
     ChangeState,
     Event,
-    Feedback,
     Intent,
     Key,
-    KnownModel,
     Move,
     Proposal,
     ProtectedAnswer,
-    Reply,
     Turnlike,
-    Verdict,
     plain,
     turns_as_json,
 )
-from liveweight.ledger.tables import ChangeRow, FeedbackRow, IntentRow, ModelRow, ProtectedRow, ReplyRow, ReportRow
+from liveweight.ledger.tables import ChangeRow, EventRow, IntentRow, ProtectedRow, ReportRow
+from liveweight.ledger.talk import Talk
 
 Id = int | str  # 3 or "c3"
 
 
-class Ledger(Access):
+class Ledger(Talk, Queue):
     """A workspace's ledger, opened with `Ledger.open` and closed with `close` or a with statement."""
-
-    # ------------------------------------------------------------------------------------------ models and replies
-
-    def ensure_model(
-        self, hash: str, name: str, source: str, architecture: str, *, other_checkpoint: bool = False
-    ) -> KnownModel:
-        """Register a base model; each one has its own list of changes.
-
-        Raises WrongModel when the same source was another checkpoint before and changes made for that one are active:
-        they would seem lost. `other_checkpoint` starts a list of its own all the same.
-        """
-        with self._write() as session:
-            row = session.get(ModelRow, hash)
-            if row is None:
-                if not other_checkpoint:
-                    _refuse_lost_changes(session, hash, source)
-                row = ModelRow(hash=hash, name=name, source=source, architecture=architecture)
-                session.add(row)
-                moves.note(session, "model", hash[:12], hash, {"name": name, "source": source})
-                session.flush()
-            return reading.to_record(KnownModel, row)
-
-    def models(self) -> list[KnownModel]:
-        """Every base model that this ledger has seen, oldest first."""
-        with self._read() as session:
-            rows = session.scalars(select(ModelRow).order_by(ModelRow.created_at, ModelRow.hash))
-            return [reading.to_record(KnownModel, row) for row in rows]
-
-    def add_reply(
-        self,
-        model: str,
-        messages: Sequence[Turnlike | Mapping[str, str]],
-        text: str,
-        *,
-        token_ids: Sequence[int],
-        prompt_token_ids: Sequence[int],
-        version_number: int,
-        version_hash: str,
-        sampling: Mapping[str, Any] | None = None,
-        details: Mapping[str, Any] | None = None,
-    ) -> Reply:
-        """Remember what a model answered, and with which version of its weights."""
-        with self._write() as session:
-            reading.require_model(session, model)
-            row = ReplyRow(
-                model_hash=model,
-                messages=turns_as_json(messages),
-                text=text,
-                token_ids=list(token_ids),
-                prompt_token_ids=list(prompt_token_ids),
-                version_number=version_number,
-                version_hash=version_hash,
-                sampling=plain(sampling or {}),
-                details=plain(details or {}),
-            )
-            session.add(row)
-            session.flush()
-            moves.note(session, "reply", f"r{row.id}", model, {"version": version_number})
-            return reading.to_record(Reply, row)
-
-    def reply(self, reply: Id) -> Reply:
-        """The reply of that id. Raises UnknownReply."""
-        with self._read() as session:
-            return reading.to_record(Reply, reading.find(session, ReplyRow, reply, "r"))
-
-    def last_reply(self, model: str | None = None) -> Reply | None:
-        """The newest reply, of one model or of any."""
-        return next(iter(self.replies(model, limit=1)), None)
-
-    def replies(self, model: str | None = None, *, limit: int | None = None) -> list[Reply]:
-        """The replies, newest first."""
-        with self._read() as session:
-            return reading.replies(session, model, limit)
-
-    def add_feedback(
-        self, reply: Id, verdict: Verdict, *, wanted: str | None = None, reason: str | None = None
-    ) -> Feedback:
-        """Record what a person said of a reply. Raises UnknownReply, InvalidInput for another verdict."""
-        if verdict not in ("good", "bad", "fix"):
-            raise InvalidInput(f"{verdict!r} is not a verdict.", hint="Use good, bad or fix.")
-        with self._write() as session:
-            judged = reading.find(session, ReplyRow, reply, "r")
-            row = FeedbackRow(reply_id=judged.id, verdict=verdict, wanted=wanted, reason=reason)
-            session.add(row)
-            session.flush()
-            what = {"feedback": row.id, "verdict": verdict, "wanted": wanted, "reason": reason}
-            moves.note(session, "feedback", f"r{judged.id}", judged.model_hash, what)
-            return reading.to_record(Feedback, row)
-
-    def feedback(self, reply: Id | None = None) -> list[Feedback]:
-        """What was said of one reply or of all, oldest first."""
-        with self._read() as session:
-            query = select(FeedbackRow).order_by(FeedbackRow.id)
-            if reply is not None:
-                query = query.where(FeedbackRow.reply_id == reading.find(session, ReplyRow, reply, "r").id)
-            return [reading.to_record(Feedback, row) for row in session.scalars(query)]
 
     # ------------------------------------------------------------------------------------------ changes, written ahead
 
@@ -159,7 +59,7 @@ class Ledger(Access):
 
         Raises StateConflict while another change of this model is being made, NoSpace, WrongModel, UnknownChange.
         """
-        with self._mutex:
+        with self._alone():
             blob = self._write_tensors(proposal.adjustment)
             with self._write() as session:
                 row = moves.insert_change(session, proposal, blob, "intended")
@@ -186,7 +86,7 @@ class Ledger(Access):
 
     def refuse(self, proposal: Proposal, reason: str) -> Change:
         """Remember a proposal that the guard refused, with its report."""
-        with self._mutex:
+        with self._alone():
             blob = self._write_tensors(proposal.adjustment)
             with self._write() as session:
                 return reading.to_record(Change, moves.insert_change(session, proposal, blob, "refused", reason))
@@ -304,6 +204,9 @@ class Ledger(Access):
         with self._write() as session:
             reading.require_model(session, model)
             origin = None if change is None else reading.find_change(session, change, model).id
+            known = once.protected(session, token_ids, feedback, origin)
+            if known is not None:
+                return reading.to_record(ProtectedAnswer, known)
             row = ProtectedRow(
                 model_hash=model,
                 messages=turns_as_json(messages),
@@ -335,10 +238,18 @@ class Ledger(Access):
 
     # ------------------------------------------------------------------------------------------ journal and upkeep
 
-    def events(self, *, after: int = 0, subject: str | None = None, limit: int | None = None) -> list[Event]:
-        """The journal, oldest first; of one reply (`r3`), change (`c3`) or protected answer (`p3`), or all of it."""
+    def events(self, after: int | None = None, limit: int | None = None, *, subject: str | None = None) -> list[Event]:
+        """The journal behind the line `after`, oldest first; with a limit, its beginning.
+
+        Of one reply (`r3`), change (`c3`), protected answer (`p3`) or job (`j3`), or of everything.
+        """
         with self._read() as session:
             return reading.events(session, after, subject, limit)
+
+    def last_event(self) -> int:
+        """The id of the journal's newest line; 0 where there is none."""
+        with self._read() as session:
+            return session.scalar(select(func.max(EventRow.id))) or 0
 
     def export(self) -> Iterator[dict[str, Any]]:
         """Everything, record by record, as JSON takes it; tensors stay in their blobs."""
@@ -404,15 +315,3 @@ def _find_intent(session: Session, number: int) -> IntentRow:
     if row is None:
         raise InvalidInput(f"There is no intent {number}.", hint="Use the id that intend_move gave.")
     return row
-
-
-def _refuse_lost_changes(session: Session, hash: str, source: str) -> None:
-    for other in session.scalars(select(ModelRow).where(ModelRow.source == source, ModelRow.hash != hash)):
-        active = reading.changes(session, other.hash, ("active",))
-        if active:
-            raise WrongModel(
-                f"{source} is now another checkpoint ({hash[:12]}) than the one that {len(active)} active change(s) of"
-                f" this workspace were made for ({other.hash[:12]}).",
-                hint="Load that checkpoint again, choose another workspace, or start a new list of changes.",
-                model=other.hash,
-            )

@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 _OPEN = text("status = 'open'")
+_EMPTY = text("''")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -96,6 +97,9 @@ class ReplyRow(Base):
     sampling: Mapped[dict[str, Any]] = mapped_column(JSON)
     details: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    public_id: Mapped[str | None] = mapped_column(String(64), index=True, unique=True)  # as an API's clients know it
+    chat: Mapped[str | None] = mapped_column(String(64), index=True)  # the conversation that it belongs to
+    after_id: Mapped[int | None] = mapped_column(ForeignKey("replies.id"))  # the reply that it went on from
 
 
 class FeedbackRow(Base):
@@ -109,6 +113,7 @@ class FeedbackRow(Base):
     wanted: Mapped[str | None] = mapped_column(JSON(none_as_null=True))
     reason: Mapped[str | None] = mapped_column(JSON(none_as_null=True))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
 
 
 class ChangeRow(Base):
@@ -140,6 +145,8 @@ class ChangeRow(Base):
     reason: Mapped[str] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now, onupdate=now)
+    made_by: Mapped[str] = mapped_column(String, default="", server_default=_EMPTY)  # empty where nobody was named
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.id"), index=True)
 
 
 class ReportRow(Base):
@@ -195,3 +202,43 @@ class EventRow(Base):
     model_hash: Mapped[str | None] = mapped_column(String(64))
     details: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    made_by: Mapped[str] = mapped_column(String, default="", server_default=_EMPTY)
+
+
+class JobRow(Base):
+    """Longer work that was asked of a server. It stays when it is over: it answers who asks again with the same key."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("status IN ('queued', 'running', 'done', 'failed', 'cancelled')", name="status"),
+        UniqueConstraint("author", "idempotency_key"),
+    )
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32))
+    status: Mapped[str] = mapped_column(String(9), index=True)
+    author: Mapped[str] = mapped_column(String)
+    request: Mapped[dict[str, Any]] = mapped_column(JSON)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    result: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    cancel_asked: Mapped[bool] = mapped_column(Boolean, default=False)
+    starts: Mapped[int] = mapped_column(Integer, default=0)  # how often its work was begun
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class KeyRow(Base):
+    """A key to a server: who may chat, and who may change the model. The key itself is nowhere, only its hash."""
+
+    __tablename__ = "keys"
+    __table_args__ = (CheckConstraint("role IN ('chat', 'editor')", name="role"),)
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), index=True, unique=True)
+    role: Mapped[str] = mapped_column(String(8))
+    secret_hash: Mapped[str] = mapped_column(String(64), index=True, unique=True)
+    shown: Mapped[str] = mapped_column(String(16))  # how it begins
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
+    last_used_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
