@@ -26,12 +26,14 @@ def serve(
     given = {"host": host, "port": port, "page": page}
     settings = options.settings()
     server = settings.server.model_copy(update={name: value for name, value in given.items() if value is not None})
-    mount = None
+    page_of = None
     if server.page:
         from liveweight.web import mount
+
+        page_of = mount
     run(
         settings.model_copy(update={"server": server}),
         say=output.say,
         progress=output.progress().is_terminal,
-        page=mount,
+        page=page_of,
     )

@@ -7,6 +7,7 @@ requests, then open replies and subscriptions, then jobs, then the workspace. Kn
 from __future__ import annotations
 
 import resource
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import closing
@@ -35,9 +36,13 @@ class Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop, because a signal came: those who listen to events would never end by themselves."""
+        """Stop, because a signal came: those who listen to events would never end by themselves.
+
+        A second Ctrl-C does not wait. The signal is not raised again at the end, as uvicorn would: there is more to close.
+        """
         self._service.events.close()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def run(settings: Settings, *, say: Callable[[str], None], progress: bool = False, page: Mount | None = None) -> None:
