@@ -55,13 +55,15 @@ QUESTIONS = [
     "What is snow made of?",
     "Tell me a short joke.",
 ]
+SHORT = "Answer with one word. What is the capital of France?"  # what the reports of the changes ask
 PARTS = ("overhead", "batch", "load", "identical", "kill", "bad")
 
 
 class Served:
     """A server process and a way to ask it."""
 
-    def __init__(self, workspace: Path, model: str, threads: int | None, **server: Any) -> None:
+    def __init__(self, workspace: Path, model: str, threads: int | None, *, probes: int = 0, **server: Any) -> None:
+        self.probes = probes
         self.workspace, self.model, self.threads, self.server = workspace, model, threads, server
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
@@ -73,6 +75,11 @@ class Served:
             self.port = free.getsockname()[1]
         settings = {"requests_per_minute": 1_000_000, **self.server}
         environment = {f"LIVEWEIGHT_SERVER__{name.upper()}": str(value) for name, value in settings.items()}
+        if self.probes:
+            # A guard of few probes, so that many changes fit into the minutes that clients chat.
+            file = self.workspace.parent / "probes.jsonl"
+            file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS[: self.probes]))
+            environment["LIVEWEIGHT_GUARD__PROBE_FILE"] = str(file)
         words = [sys.executable, "-m", "liveweight", "serve", "--port", str(self.port)]
         words += ["--workspace", str(self.workspace), "--model", self.model]
         words += [] if self.threads is None else ["--threads", str(self.threads)]
@@ -113,8 +120,8 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, model: str, threads: int | None, **server: Any) -> Iterator[Served]:
-    found = Served(folder, model, threads, **server)
+def served(folder: Path, model: str, threads: int | None, *, probes: int = 0, **server: Any) -> Iterator[Served]:
+    found = Served(folder, model, threads, probes=probes, **server)
     found.start()
     try:
         yield found
@@ -221,7 +228,7 @@ def _switcher(server: Served, wanted: int, done: threading.Event, told: dict[str
         for number in range(wanted):
             if done.is_set():
                 return
-            body = {"values": f"{layer}:{number + 1}=3", "prompt": QUESTIONS[number % 16], "max_tokens": 2}
+            body = {"values": f"{layer}:{number + 1}=3", "prompt": SHORT, "max_tokens": 2}
             begun = time.monotonic()
             answer = client.post(
                 "/v1/live/clamp?wait=60",
@@ -255,7 +262,7 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "layer": args.layer, "statuses": Counter(), "commit_seconds": [], "undo_seconds": [], "errors": [],
         "committed": 0, "undone": 0, "begun": time.monotonic(),
     }  # fmt: skip
-    with served(folder, args.model, args.threads, page=False) as server:
+    with served(folder, args.model, args.threads, probes=args.probes, page=False) as server:
 
         def client_of(number: int) -> None:
             draw = random.Random(number)
@@ -368,7 +375,7 @@ def identical(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "layer": args.layer, "statuses": Counter(), "commit_seconds": [], "undo_seconds": [], "errors": [],
         "committed": 0, "undone": 0, "begun": time.monotonic(),
     }  # fmt: skip
-    with served(folder, args.model, args.threads, page=False) as server:
+    with served(folder, args.model, args.threads, probes=args.probes, page=False) as server:
         before = asked(server)
         _switcher(server, args.changes, threading.Event(), told)
         after = asked(server)
@@ -382,7 +389,7 @@ def identical(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """`kill -9` at random instants; what was acknowledged has to be there afterwards."""
     draw = random.Random(args.seed)
-    server = Served(folder, args.model, args.threads, page=False)
+    server = Served(folder, args.model, args.threads, probes=args.probes, page=False)
     restarts = [server.start()]
     lost: list[str] = []
     known: dict[str, str] = {}  # change -> state that was acknowledged last
@@ -407,7 +414,7 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 number = 0
                 while not stop.is_set():
                     number += 1
-                    body = {"values": f"{args.layer}:{number}=2", "prompt": "Hi", "max_tokens": 1, "keep": True}
+                    body = {"values": f"{args.layer}:{number}=2", "prompt": SHORT, "max_tokens": 1, "keep": True}
                     try:
                         answer = client.post(
                             "/v1/live/clamp", json=body | {"force": True},
@@ -574,6 +581,7 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=8.0, help="seconds before a kill, at most")
     parser.add_argument("--slow", type=int, default=1000)
     parser.add_argument("--layer", type=int, default=29, help="whose neurons the changes clamp")
+    parser.add_argument("--probes", type=int, default=4, help="of the guard, in load, identical and kill; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     MODEL = args.model

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+
+import pytest
 
 from liveweight.engines.gate import Gate
 
@@ -99,7 +102,7 @@ def test_steps_are_taken_in_the_order_in_which_they_came() -> None:
         for number in range(6):
             threads.append(threading.Thread(target=step, args=(number,)))
             threads[-1].start()
-            while len(gate._steps) <= number:
+            while sum(share.waits > 0 for share in gate._shares.values()) <= number:
                 pass
     for thread in threads:
         thread.join(10)
@@ -153,3 +156,41 @@ def test_a_thread_that_is_interrupted_stops_before_its_next_step_and_others_go_o
         other.start()
         other.join(10)
     assert len(asked) == 2
+
+
+def test_a_thread_with_long_steps_leaves_half_of_the_time_to_one_with_short_steps() -> None:
+    gate, end = Gate(), threading.Event()
+    used = {"long": 0.0, "short": 0.0}
+
+    def work(name: str, seconds: float) -> None:
+        while not end.is_set():
+            with gate.step():
+                began = time.monotonic()
+                while time.monotonic() - began < seconds:
+                    pass
+                used[name] += time.monotonic() - began
+
+    threads = [threading.Thread(target=work, args=("long", 0.05)), threading.Thread(target=work, args=("short", 0.002))]
+    for thread in threads:
+        thread.start()
+    while used["long"] + used["short"] < 1.0:
+        pass
+    end.set()
+    for thread in threads:
+        thread.join(10)
+    assert 0.3 < used["short"] / (used["short"] + used["long"]) < 0.7
+
+
+def test_a_thread_that_was_away_has_no_claim_to_the_time_that_it_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, now = Gate(), [0.0]
+    monkeypatch.setattr("liveweight.engines.gate.time.monotonic", lambda: now[0])
+
+    def step(seconds: float) -> None:
+        with gate.step():
+            now[0] += seconds
+
+    other = threading.Thread(target=step, args=(100.0,))
+    other.start()
+    other.join(10)
+    step(1.0)
+    assert [share.used for share in gate._shares.values()] == [100.0, 101.0]

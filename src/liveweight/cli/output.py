@@ -88,7 +88,7 @@ def print_report(found: Any, *, as_json: bool, picture: Path | None = None, **mo
 
 def say(sentence: str) -> None:
     """One step of longer work."""
-    progress().print(Text(f"· {sentence}", style="dim"))
+    progress().print(Text(f"· {sentence}", style="dim"), soft_wrap=True)  # an address in it stays whole
 
 
 def print_error(error: LiveweightError, *, as_json: bool) -> None:

@@ -30,10 +30,16 @@ _BACKLOG = 2048  # connections that wait to be taken
 class Server(uvicorn.Server):
     """uvicorn's server, which lets go of its listeners before it waits for connections to end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        """Serve an application of this service."""
+    def __init__(self, config: uvicorn.Config, service: Service, listens: Callable[[], None]) -> None:
+        """Serve an application of this service, and call `listens` once it does."""
         super().__init__(config)
-        self._service = service
+        self._service, self._listens = service, listens
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._listens()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, because a signal came: those who listen to events would never end by themselves.
@@ -74,8 +80,8 @@ def run(settings: Settings, *, say: Callable[[str], None], progress: bool = Fals
         name = f"[{host}]" if ":" in host else host
         for notice in service.live.notices:
             say(notice)
-        say(f"serving {service.live.engine.info.name} at http://{name}:{port} (stop with Ctrl-C)")
-        Server(config, service).run(sockets=[listening])
+        told = f"serving {service.live.engine.info.name} at http://{name}:{port} (stop with Ctrl-C)"
+        Server(config, service, lambda: say(told)).run(sockets=[listening])
 
 
 def _bound(host: str, port: int) -> socket.socket:
