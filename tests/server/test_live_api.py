@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from liveweight.server.app import create_app
+from liveweight.server.logs import JsonLines
 from liveweight.server.service import Service
 from liveweight.settings import Settings
 from tests.tiny_workspace import QUESTION, add_shout, tiny_settings
@@ -302,3 +305,23 @@ async def _listened(service: Service) -> None:
         if event.kind == "reply":
             break
     assert [event.id for event in seen] == sorted({event.id for event in seen})
+
+
+def test_feedback_may_be_given_to_a_completions_own_id(client: TestClient) -> None:
+    model = client.get("/v1/models").json()["data"][0]["id"]
+    body = {"model": model, "messages": [{"role": "user", "content": QUESTION}]}
+    completion = client.post("/v1/chat/completions", json=body).json()["id"]
+    assert judged(client, completion, verdict="bad", preview=True)["status"] == "done"
+    assert client.get(f"/v1/live/replies/{completion}").json()["public_id"] == completion
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_logs_hold_what_is_said_only_where_that_was_asked_for(prompts: bool) -> None:
+    try:
+        raise ValueError("the secret prompt")
+    except ValueError:
+        told = logging.makeLogRecord({"msg": "failed", "exc_info": sys.exc_info(), "said": "the secret prompt"})
+    line = JsonLines(prompts=prompts).format(told)
+    assert json.loads(line)["error"] == "ValueError"
+    assert "test_live_api" in json.loads(line)["trace"]
+    assert ("the secret prompt" in line) is prompts

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from liveweight.engines.base import ScoreItem
@@ -57,6 +56,8 @@ def separate(
     answer of several tokens, its mean over the positions that predict them. Raises InvalidInput for fewer than `LEAST`
     examples on a side, Unsupported where neurons are spread over experts.
     """
+    from scipy import stats  # half a second to import, which no other start should wait for
+
     require_dense(engine)
     for name, side in (("first", a), ("second", b)):
         if len(side) < LEAST:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from liveweight.engines.model_source import load, resolve
@@ -124,6 +123,8 @@ def _measured(site: str, base: Tensor, other: Tensor, rank: int) -> SiteChange:
 
 def _angle(one: Tensor, two: Tensor) -> float:
     """The largest principal angle between the spans of two sets of columns, in degrees."""
+    from scipy.linalg import subspace_angles  # slow to import, and needed here only
+
     return float(torch.rad2deg(torch.tensor(subspace_angles(one.double().numpy(), two.double().numpy())).max()))
 
 
