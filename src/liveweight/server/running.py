@@ -44,7 +44,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop, because a signal came: those who listen to events would never end by themselves.
 
-        A second Ctrl-C does not wait. The signal is not raised again at the end, as uvicorn would: there is more to close.
+        A second Ctrl-C does not wait. The signal is not raised again at the end, as uvicorn does: there is more to
+        close.
         """
         self._service.events.close()
         self.force_exit = self.should_exit and sig == signal.SIGINT
