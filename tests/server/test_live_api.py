@@ -317,11 +317,12 @@ def test_feedback_may_be_given_to_a_completions_own_id(client: TestClient) -> No
 
 @pytest.mark.parametrize("prompts", [False, True])
 def test_logs_hold_what_is_said_only_where_that_was_asked_for(prompts: bool) -> None:
+    secret = " ".join(("a", "secret", "prompt"))  # as it stands in no line of code that a trace would show
     try:
-        raise ValueError("the secret prompt")
+        raise ValueError(secret)
     except ValueError:
-        told = logging.makeLogRecord({"msg": "failed", "exc_info": sys.exc_info(), "said": "the secret prompt"})
+        told = logging.makeLogRecord({"msg": "failed", "exc_info": sys.exc_info(), "said": secret})
     line = JsonLines(prompts=prompts).format(told)
     assert json.loads(line)["error"] == "ValueError"
     assert "test_live_api" in json.loads(line)["trace"]
-    assert ("the secret prompt" in line) is prompts
+    assert (secret in line) is prompts
