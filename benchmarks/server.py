@@ -228,7 +228,7 @@ def _switcher(server: Served, wanted: int, done: threading.Event, told: dict[str
         for number in range(wanted):
             if done.is_set():
                 return
-            body = {"values": f"{layer}:{number + 1}=3", "prompt": SHORT, "max_tokens": 2}
+            body = {"values": f"{layer}:{number % 30 + 1}={3 + number // 30}", "prompt": SHORT, "max_tokens": 2}
             begun = time.monotonic()
             answer = client.post(
                 "/v1/live/clamp?wait=60",
