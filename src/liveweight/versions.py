@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from liveweight.adjustments import Active
+from liveweight.adjustments import Active, State
 from liveweight.engines.base import Message
 from liveweight.errors import InvalidInput
 from liveweight.evidence import answer_under
@@ -70,18 +70,18 @@ def answers(live: LiveModel, prompt: str, chosen: Sequence[Moment | None]) -> li
     """
     if not prompt.strip():
         raise InvalidInput("The question is empty.", hint="Type something to ask both versions.")
-    engine, ledger = live.engine, live.ledger
+    engine = live.engine
     tokens = engine.encode([Message("user", prompt)])
-    positions = {record.id: record.position for record in ledger.changes(engine.info.hash)}
-    found = []
-    for moment in chosen:
-        if moment is None:
-            state = engine.state
-        else:
-            ordered = sorted(moment.on, key=lambda pair: positions.get(pair[0], 0))
-            state = tuple(Active(ledger.adjustment(change), strength) for change, strength in ordered)
-        found.append(answer_under(engine, state, tokens)[0])
-    return found
+    states = [engine.state if moment is None else state_at(live, moment) for moment in chosen]
+    return [answer_under(engine, state, tokens)[0] for state in states]
+
+
+def state_at(live: LiveModel, moment: Moment) -> State:
+    """What the weights were then, from the ledger alone. Raises LedgerDamaged where a change's tensors are gone."""
+    ledger = live.ledger
+    positions = {record.id: record.position for record in ledger.changes(live.engine.info.hash)}
+    ordered = sorted(moment.on, key=lambda pair: positions.get(pair[0], 0))
+    return tuple(Active(ledger.adjustment(change), strength) for change, strength in ordered)
 
 
 def _said(event: Event) -> str:

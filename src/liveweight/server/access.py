@@ -15,6 +15,7 @@ from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from liveweight.errors import Forbidden, InvalidInput, Unauthorized
+from liveweight.ledger import ApiKey
 from liveweight.server.service import Service
 
 Role = Literal["chat", "editor"]
@@ -57,6 +58,11 @@ def author_of(service: Service, secret: str | None) -> Author:
             "No key was sent." if secret is None else "The key that was sent is unknown or was revoked.",
             hint="Send `Authorization: Bearer KEY`, with a key made by `liveweight keys create`.",
         )
+    return holder_of(key)
+
+
+def holder_of(key: ApiKey) -> Author:
+    """Who holds a key, as the ledger names them."""
     return Author(f"key:{key.name}", key.role)
 
 

@@ -39,8 +39,7 @@ class EventFeed:
         self._wakes.add(mine)
         try:
             if after is None:
-                newest = await to_thread.run_sync(self._newest)
-                after = newest
+                after = await to_thread.run_sync(self._ledger.last_event)
             while not self._closed:
                 mine[1].clear()
                 found = await to_thread.run_sync(self._behind, after)
@@ -68,9 +67,6 @@ class EventFeed:
         self._closed = True
         self._unsubscribe()
         self.wake()
-
-    def _newest(self) -> int:
-        return self._ledger.last_event()
 
     def _behind(self, after: int) -> list[Event]:
         return self._ledger.events(after=after, limit=_AT_ONCE)

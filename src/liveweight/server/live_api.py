@@ -81,6 +81,7 @@ _JOB: dict[int | str, dict[str, Any]] = {
 }
 _BODY = refusals(404, 415)
 _MOVE = refusals(404, 409, 507)
+_SET = refusals(404, 409, 415, 507)
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -260,8 +261,9 @@ def changes(
     state: Annotated[str | None, Query(max_length=16, description="Of this state only, such as active.")] = None,
 ) -> list[ChangeView]:
     """The changes, newest first, each with its report."""
-    found = [change for change in service.live.changes() if state is None or change.state == state]
-    return [_view(change) for change in found[::-1][:limit]]
+    live = service.live
+    found = [each for each in live.ledger.changes(live.engine.info.hash) if state is None or each.state == state]
+    return [_view(live.change(each.id)) for each in found[::-1][:limit]]  # reports are read of these only
 
 
 @router.get("/changes/{change}", tags=["changes"])
@@ -276,7 +278,7 @@ def off(service: Served, author: Editor, change: ChangeId) -> ChangeView:
     return _moved(author, lambda: service.live.off(change))
 
 
-@router.post("/changes/{change}/on", tags=["changes"], responses=_MOVE | refusals(404, 409, 415, 507))
+@router.post("/changes/{change}/on", tags=["changes"], responses=_SET)
 def on(
     service: Served,
     author: Editor,
@@ -288,7 +290,7 @@ def on(
     return _moved(author, lambda: service.live.on(change, keep_both=both))
 
 
-@router.put("/changes/{change}/strength", tags=["changes"], responses=_MOVE | refusals(404, 409, 415, 507))
+@router.put("/changes/{change}/strength", tags=["changes"], responses=_SET)
 def strength(
     service: Served,
     author: Editor,
@@ -423,16 +425,15 @@ def history(
 async def events(
     service: Served,
     last: Annotated[
-        str | None, Header(alias="Last-Event-ID", max_length=20, description="Go on behind this line of the journal.")
+        int | None,
+        Header(alias="Last-Event-ID", ge=0, le=2**53, description="Go on behind this line of the journal."),
     ] = None,
 ) -> StreamingResponse:
     """The journal as server-sent events, as it is written."""
-    if (last is not None and not last.isascii()) or (last is not None and not last.isdigit()):
-        raise InvalidInput(f"{last!r} is not the id of an event.", hint="Send the last `id:` that was received.")
 
     async def told() -> AsyncIterator[bytes]:
         yield b": listening\n\n"
-        async for event in service.events.or_silence(None if last is None else int(last), seconds=_BEAT):
+        async for event in service.events.or_silence(last, seconds=_BEAT):
             yield framed(event)
 
     return StreamingResponse(told(), media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -449,7 +450,7 @@ def _asked(
     if wait:
         found = service.jobs.wait(found.id, wait)
     answer.headers["location"] = f"/v1/live/jobs/{found.label}"
-    if found.status in ("done", "failed", "cancelled"):
+    if found.ended:
         answer.status_code = 200
     return _job(found)
 

@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
 from liveweight.errors import LiveweightError, Unauthorized
-from liveweight.server.access import LOCAL
+from liveweight.server.access import LOCAL, holder_of
 from liveweight.web.parts import aside
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Visitors:
         if not self._keys.any():
             return _NOBODY
         key = next((key for key in self._keys.list() if key.id == number and key.revoked_at is None), None)
-        return None if key is None else Visitor(f"key:{key.name}", key.name, key.may_edit, key.id)
+        return None if key is None else Visitor(holder_of(key).name, key.name, key.may_edit, key.id)
 
     def cookie_for(self, secret: str) -> str:
         """The cookie of whoever holds this key. Raises Unauthorized for one that is unknown or was revoked. Blocks."""
