@@ -154,6 +154,26 @@ def test_a_fixed_answer_is_protected_while_its_change_is_active(live: LiveModel)
     assert len(live.protected()) == 1
 
 
+def test_a_preview_is_committed_without_another_search(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+    shout = METHODS["shout"]
+    told = dataclasses.replace(shout, propose=lambda *given: searched.append(given) or shout.propose(*given))
+    monkeypatch.setitem(METHODS, "shout", told)
+    reply = live.chat(QUESTION)
+    seen = live.fix(reply, "z", preview=True)
+    change = live.fix(reply, "z", "because")
+    assert len(searched) == 1
+    assert change.report is not None
+    assert (change.adjustment_hash, change.report.reason) == (seen.adjustment_hash, "because")
+    assert set(change.report.seconds) >= {"propose", "guard", "commit"}
+    live.undo(change)
+    # Something else, or another state, is searched for.
+    live.fix(reply, "z", preview=True)
+    live.fix(live.chat(OTHER), "y", force=True)
+    live.fix(reply, "z", force=True)
+    assert len(searched) >= 4
+
+
 def test_a_preview_measures_and_leaves_no_trace(live: LiveModel) -> None:
     reply, before = live.chat(QUESTION), live.fingerprints()
     events = len(live.history())

@@ -6,6 +6,7 @@ The caller holds the lock. Knows nothing of chats, of how a report is shown, or 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from liveweight.settings import Settings
 
 # Nats: a good answer whose weakest token is closer than this to its runner-up is reinforced.
 THIN_MARGIN = 0.5
+_PREVIEWS = 8  # the last ones, which can be committed without another search
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class _Work:
         return self.case.contexts[0].prompt
 
 
+Searched = tuple[Climb, Report, tuple[int, ...]]  # what to do, its report, the answer's tokens then
+
+
 class Judge:
     """Carries judgements out on one engine and one ledger."""
 
@@ -90,6 +95,7 @@ class Judge:
         self._engine, self._ledger, self._guard, self._commits = engine, ledger, guard, commits
         self._settings = settings
         self._say, self._progress = say, progress
+        self._previewed: OrderedDict[tuple[Any, ...], Searched] = OrderedDict()
 
     @property
     def _model(self) -> str:
@@ -134,10 +140,31 @@ class Judge:
                 reply=said.reply.label,
             )
         feedback = None if options.preview else self._feedback(said)
-        with self._without(work.conflicts if not options.keep_both else ()):
-            found = self._climb(work, names)
-            report, spoken = self._report(work, found)
+        found, report, spoken = self._searched(work, names)
         return self._conclude(work, found, report, spoken, feedback)
+
+    def _searched(self, work: _Work, names: Sequence[str]) -> Searched:
+        """What to do, and its report; what was previewed in this very state is not searched for again."""
+        said, options = work.said, work.options
+        protected = tuple(each.label for each in self._commits.protected_items())
+        key = (said.reply.id, said.kind, said.wanted, names, options.keep_both, self._engine.state, protected)
+        known = self._previewed.pop(key, None)
+        if known is not None:
+            found, report, spoken = known
+            for phase, seconds in report.seconds.items():
+                work.phases.seconds[phase] = work.phases.seconds.get(phase, 0.0) + seconds
+            forced = found.chosen is None and options.force
+            now = {"reason": said.reason, "forced": forced, "version_before": str(self._engine.version)}
+            known = found, report.model_copy(update=now), spoken
+        else:
+            with self._without(work.conflicts if not options.keep_both else ()):
+                found = self._climb(work, names)
+                known = found, *self._report(work, found)
+        if options.preview:
+            self._previewed[key] = known
+            while len(self._previewed) > _PREVIEWS:
+                self._previewed.popitem(last=False)
+        return known
 
     def _work(self, said: Judgement, options: Options, phases: Phases) -> _Work:
         engine, reply = self._engine, said.reply

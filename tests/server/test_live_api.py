@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from liveweight.adjustments import Adjustment, op_from
 from liveweight.server.app import create_app
 from liveweight.server.logs import JsonLines
 from liveweight.server.service import Service
@@ -182,6 +183,45 @@ def test_neurons_can_be_held_looked_at_and_found(client: TestClient, service: Se
     assert kept["result"]["change"]["state"] == "active"
     measured = client.post("/v1/live/guard?wait=30").json()
     assert measured["result"]["guard"]["items"] > 0
+
+
+def test_an_adjustment_made_elsewhere_is_a_change_like_any_other(client: TestClient, service: Service) -> None:
+    before = service.live.fingerprints()
+    op = {"kind": "scale_neurons", "layer": 0, "neurons": [1, 2], "factors": [0.3, 0.1]}
+    body = {"adjustment": {"name": "quieter", "ops": [op]}, "prompt": QUESTION, "force": True}
+    looked = client.post("/v1/live/changes?wait=30", json=body | {"preview": True}).json()
+    assert looked["result"]["change"]["state"] == "preview"
+    assert service.live.fingerprints() == before
+    change = client.post("/v1/live/changes?wait=30", json=body).json()["result"]["change"]
+    assert (change["state"], change["name"], change["method"]) == ("active", "quieter", "given")
+    adjustment = Adjustment(name="quieter", method="given", ops=(op_from(op),))
+    assert change["adjustment_hash"] == adjustment.hash  # the numbers came through JSON and the jobs' table as they are
+    assert service.live.fingerprints() != before
+    assert client.post("/v1/live/undo").json()["state"] == "undone"
+    assert service.live.fingerprints() == before
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        {"kind": "scale_neurons", "layer": 0, "neurons": [1], "factors": [1, 2]},
+        {"kind": "scale_neurons", "layer": 0, "neurons": [1], "factors": [10**400]},
+        {"kind": "low_rank", "site": "layers.0.mlp.down.weight", "left": [[1], [1, 2]], "right": [[1]]},
+        {"kind": "melt", "layer": 0},
+        {"layer": 0},
+    ],
+)
+def test_ops_that_are_none_are_refused_before_they_are_a_job(client: TestClient, op: dict[str, Any]) -> None:
+    body = {"adjustment": {"name": "strange", "ops": [op]}}
+    assert client.post("/v1/live/changes", json=body).status_code == 400
+    assert client.get("/v1/live/jobs").json() == []
+
+
+def test_ops_that_do_not_fit_the_model_fail_with_a_reason(client: TestClient) -> None:
+    op = {"kind": "scale_neurons", "layer": 99, "neurons": [1], "factors": [0]}
+    job = client.post("/v1/live/changes?wait=30", json={"adjustment": {"name": "far", "ops": [op]}}).json()
+    assert job["status"] == "failed"
+    assert "99" in job["error"]["message"]
 
 
 def test_why_names_the_neurons_of_a_reply(client: TestClient) -> None:

@@ -9,7 +9,7 @@ import hashlib
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, WithJsonSchema
 from torch import Tensor
 
 from liveweight.errors import InvalidInput
@@ -41,8 +41,15 @@ def _as_index(value: Any) -> Tensor:
     return tensor.to(torch.int64)
 
 
-Numbers = Annotated[Tensor, BeforeValidator(_as_float)]
-Indices = Annotated[Tensor, BeforeValidator(_as_index)]
+def _written(kind: str, what: str) -> tuple[PlainSerializer, WithJsonSchema]:
+    """As JSON has it: lists in lists, one level for each dimension."""
+    entry = {"anyOf": [{"type": kind}, {"type": "array", "items": {"type": kind}}]}
+    schema = {"type": "array", "items": entry, "description": f"{what}, row by row where there are rows."}
+    return PlainSerializer(lambda tensor: tensor.tolist(), when_used="json"), WithJsonSchema(schema)
+
+
+Numbers = Annotated[Tensor, BeforeValidator(_as_float), *_written("number", "Numbers")]
+Indices = Annotated[Tensor, BeforeValidator(_as_index), *_written("integer", "Indices")]
 Layer = Annotated[int, Field(ge=0, strict=True)]
 Index = Annotated[int, Field(ge=0, strict=True)]
 

@@ -393,7 +393,8 @@ WeightOp = ScaleNeurons | ScalePaths | ScaleHeads | LowRank | Entries | Dense | 
 ActivationOp = Steer | Clamp | Gain | Ablate | MixHeads | BiasRouter | Codebook | Affine | RoundActivations
 Op = WeightOp | ActivationOp
 
-_READER: TypeAdapter[Op] = TypeAdapter(Annotated[Op, Field(discriminator="kind")])
+AnyOp = Annotated[Op, Field(discriminator="kind")]  # as it is read from data: `kind` says which
+_READER: TypeAdapter[Op] = TypeAdapter(AnyOp)
 
 
 def op_from(data: Mapping[str, Any]) -> Op:

@@ -19,6 +19,7 @@ from liveweight.reports import Change
 from liveweight.server.access import Author, chatter, editor, service_of
 from liveweight.server.events import framed
 from liveweight.server.live_models import (
+    ApplyRequest,
     ChangeView,
     ClampRequest,
     Compared,
@@ -264,6 +265,35 @@ def changes(
     live = service.live
     found = [each for each in live.ledger.changes(live.engine.info.hash) if state is None or each.state == state]
     return [_view(live.change(each.id)) for each in found[::-1][:limit]]  # reports are read of these only
+
+
+@router.post("/changes", tags=["changes"], status_code=202, responses=_JOB)
+def apply(
+    service: Served,
+    author: Editor,
+    answer: Response,
+    request: Annotated[
+        ApplyRequest,
+        Body(
+            openapi_examples={
+                "quieter": {
+                    "summary": "Two neurons that write half as much.",
+                    "value": {
+                        "adjustment": {
+                            "name": "quieter",
+                            "ops": [{"kind": "scale_neurons", "layer": 0, "neurons": [1, 2], "factors": [0.5, 0.5]}],
+                        },
+                        "prompt": "Who are you?",
+                    },
+                }
+            }
+        ),
+    ],
+    key: Key = None,
+    wait: Wait = 0.0,
+) -> JobView:
+    """Commit an adjustment that was made elsewhere, if the guard lets it. A job, whose result is the change."""
+    return _asked(service, author, answer, "apply", plain_request(request), key, wait)
 
 
 @router.get("/changes/{change}", tags=["changes"])

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, computed_field, model_validator
 
+from liveweight.adjustments import AnyOp
 from liveweight.ledger import ProtectedAnswer
 from liveweight.reports import Change, Reply
 
@@ -66,6 +67,26 @@ class LearnRequest(_Request):
     method: Short | None = None
     preview: bool = False
     force: bool = False
+
+
+class AdjustmentRequest(_Request):
+    """What is to be changed: ops in their order."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200, description="As the list of changes shows it.")]
+    ops: Annotated[list[AnyOp], Field(min_length=1, max_length=1000)]
+    method: Annotated[str, Field(min_length=1, max_length=50, description="What it was made with.")] = "given"
+    note: Text = ""
+
+
+class ApplyRequest(_Request):
+    """An adjustment that was made elsewhere."""
+
+    adjustment: AdjustmentRequest
+    prompt: Annotated[str, Field(min_length=1, max_length=20_000)] | None = Field(
+        default=None, description="A question that it is to answer otherwise; the report shows the answer."
+    )
+    preview: bool = Field(default=False, description="Measure what it would do, and commit nothing.")
+    force: bool = Field(default=False, description="Commit it even where it moves more than the guard allows.")
 
 
 class StrengthRequest(_Request):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+from liveweight.adjustments import Adjustment, op_from
 from liveweight.live_model import LiveModel
 from liveweight.server.jobs import JobContext
 
@@ -33,6 +34,7 @@ def kinds(live: LiveModel, current: ContextVar[JobContext | None]) -> Mapping[st
     return {
         "feedback": told(_feedback),
         "learn": told(_learn),
+        "apply": told(_apply),
         "guard": told(_guard),
         "clamp": told(_clamp),
         "neuron": told(_neuron),
@@ -57,6 +59,14 @@ def _learn(live: LiveModel, context: JobContext, request: Request) -> dict[str, 
     options = {name: request[name] for name in ("joint", "method", "preview", "force") if request.get(name) is not None}
     lessons = live.learn(request["lessons"], **options, progress=context.progress)
     return {"lessons": lessons.model_dump(mode="json")}
+
+
+def _apply(live: LiveModel, context: JobContext, request: Request) -> dict[str, Any]:
+    """An adjustment that was made elsewhere."""
+    given = {"method": "given", **request["adjustment"]}
+    adjustment = Adjustment(**given | {"ops": [op_from(op) for op in given["ops"]]})
+    options = {name: request.get(name, False) for name in ("preview", "force")}
+    return {"change": live.apply(adjustment, prompt=request.get("prompt"), **options).as_dict()}
 
 
 def _guard(live: LiveModel, context: JobContext, request: Request) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nicegui import ui
 
 from liveweight.errors import LiveweightError
 from liveweight.ledger import Job
-from liveweight.reports import Change, Reply
+from liveweight.reports import Reply
 from liveweight.web.board import Draft
 from liveweight.web.change_controls import ChangeControls
 from liveweight.web.frame import Frame
@@ -208,7 +208,7 @@ class JudgementCard:
                 "p", "It would change more than is allowed. You can apply it all the same, and undo it later.", "strong"
             )
         with tag("div", "", "row"):
-            apply = lambda: self._apply(job, change, force=refused)  # noqa: E731 # a button's one line
+            apply = lambda: self._apply(job, force=refused)  # noqa: E731 # a button's one line
             button("Apply all the same" if refused else "Apply", apply, "danger" if refused else "primary")
             button("Discard", lambda: self._discard(job))
             button("Change the correction", lambda: self._again(job))
@@ -251,11 +251,8 @@ class JudgementCard:
         draft = self._drafts[self._key]
         await self._submit(self._verdict(draft), preview=True, draft=draft)
 
-    async def _apply(self, job: Job, change: Change | None, *, force: bool) -> None:
-        request = {**job.request, "preview": False, "force": force}
-        if change is not None and change.method:
-            request["method"] = change.method  # found already: no other has to be tried again
-        await self._send(request)
+    async def _apply(self, job: Job, *, force: bool) -> None:
+        await self._send({**job.request, "preview": False, "force": force})
 
     async def _submit(self, verdict: str, *, preview: bool, draft: Draft | None = None) -> None:
         reason = ""
