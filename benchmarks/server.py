@@ -76,10 +76,7 @@ class Served:
         settings = {"requests_per_minute": 1_000_000, **self.server}
         environment = {f"LIVEWEIGHT_SERVER__{name.upper()}": str(value) for name, value in settings.items()}
         if self.probes:
-            # A guard of few probes, so that many changes fit into the minutes that clients chat.
-            file = self.workspace.parent / "probes.jsonl"
-            file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS[: self.probes]))
-            environment["LIVEWEIGHT_GUARD__PROBE_FILE"] = str(file)
+            environment["LIVEWEIGHT_GUARD__PROBE_FILE"] = str(few_probes(self.workspace.parent, self.probes))
         words = [sys.executable, "-m", "liveweight", "serve", "--port", str(self.port)]
         words += ["--workspace", str(self.workspace), "--model", self.model]
         words += [] if self.threads is None else ["--threads", str(self.threads)]
@@ -129,6 +126,54 @@ def served(folder: Path, model: str, threads: int | None, *, probes: int = 0, **
         found.stop()
 
 
+class Inside:
+    """A server in this process, whose weights can be looked at."""
+
+    def __init__(self, service: Any, url: str) -> None:
+        self.service, self.url = service, url
+
+    def client(self) -> httpx.Client:
+        """A client of it."""
+        return httpx.Client(base_url=self.url, timeout=httpx.Timeout(120))
+
+
+@contextmanager
+def inside(args: argparse.Namespace, folder: Path, *, probes: int) -> Iterator[Inside]:
+    import uvicorn
+
+    from liveweight.server.app import create_app
+    from liveweight.server.limits import PatientProtocol
+    from liveweight.server.service import Service
+    from liveweight.settings import Settings
+
+    settings = Settings(
+        model=args.model,
+        workspace=folder,
+        threads=args.threads,
+        server={"page": False, "requests_per_minute": 10**6},
+        guard={"probe_file": few_probes(folder.parent, probes)} if probes else {},
+    )
+    with Service.open(settings) as service, socket.create_server(("127.0.0.1", 0)) as listening:
+        config = uvicorn.Config(create_app(service), http=PatientProtocol, log_config=None, access_log=False)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield Inside(service, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def few_probes(folder: Path, count: int) -> Path:
+    """A guard of few probes, so that many changes fit into the minutes that clients chat."""
+    file = folder / "probes.jsonl"
+    file.write_text("".join(json.dumps({"prompt": question}) + "\n" for question in QUESTIONS[:count]))
+    return file
+
+
 def chat(client: httpx.Client, question: str, tokens: int = 24, **more: Any) -> dict[str, Any]:
     body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "max_tokens": tokens, **more}
     answer = client.post("/v1/chat/completions", json=body)
@@ -145,46 +190,27 @@ MODEL = "smollm2"
 
 def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One chat over the API against the engine's own iterator, in turns, in one process."""
-    import uvicorn
-
     from liveweight.engines.base import Message, Sampling
-    from liveweight.server.app import create_app
-    from liveweight.server.limits import PatientProtocol
-    from liveweight.server.service import Service
-    from liveweight.settings import Settings
 
-    settings = Settings(
-        model=args.model, workspace=folder, threads=args.threads, server={"page": False, "requests_per_minute": 10**6}
-    )
     direct: list[list[float]] = []
     through: list[list[float]] = []
-    with Service.open(settings) as service:
-        listening = socket.create_server(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-        config = uvicorn.Config(create_app(service), http=PatientProtocol, log_config=None, access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            for turn in range(args.rounds + 1):
-                marks = [time.perf_counter()]
-                question = QUESTIONS[turn % len(QUESTIONS)]
-                for _ in service.live.engine.generate([Message("user", question)], Sampling(max_tokens=args.tokens)):
-                    marks.append(time.perf_counter())
-                direct.append(marks)
-                marks = [time.perf_counter()]
-                body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True}
-                with client.stream(
-                    "POST", "/v1/chat/completions", json={**body, "max_tokens": args.tokens, "temperature": 0}
-                ) as answer:
-                    for line in answer.iter_lines():
-                        if line.startswith("data: {") and '"content"' in line:
-                            marks.append(time.perf_counter())
-                through.append(marks)
-        server.should_exit = True
-        thread.join()
+    with inside(args, folder, probes=0) as server, server.client() as client:
+        for turn in range(args.rounds + 1):
+            marks = [time.perf_counter()]
+            question = QUESTIONS[turn % len(QUESTIONS)]
+            engine = server.service.live.engine
+            for _ in engine.generate([Message("user", question)], Sampling(max_tokens=args.tokens)):
+                marks.append(time.perf_counter())
+            direct.append(marks)
+            marks = [time.perf_counter()]
+            body = {"model": MODEL, "messages": [{"role": "user", "content": question}], "stream": True}
+            with client.stream(
+                "POST", "/v1/chat/completions", json={**body, "max_tokens": args.tokens, "temperature": 0}
+            ) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: {") and '"content"' in line:
+                        marks.append(time.perf_counter())
+            through.append(marks)
     first = [1000 * (b[1] - b[0] - (a[1] - a[0])) for a, b in zip(direct[1:], through[1:], strict=True)]
     per = [
         [(marks[-1] - marks[1]) / max(1, len(marks) - 2) for marks in runs[1:] if len(marks) > 8]
@@ -220,53 +246,79 @@ def batch(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def _nothing_told(args: argparse.Namespace) -> dict[str, Any]:
-    """What a switcher writes into."""
-    return {
-        "layer": args.layer, "statuses": Counter(), "commit_seconds": [], "undo_seconds": [], "errors": [],
-        "committed": 0, "undone": 0, "begun": time.monotonic(),
-    }  # fmt: skip
+def weight_change(number: int, layers: int, neurons: int) -> dict[str, Any]:
+    """An adjustment that rewrites weights: what some neurons of one layer write or read, another for every number."""
+    draw = random.Random(number)
+    chosen = draw.sample(range(neurons), 8)
+    factors = [draw.uniform(0.5, 1.5) for _ in chosen]
+    side = "read" if number % 2 else "write"
+    op = {"kind": "scale_neurons", "layer": draw.randrange(layers), "neurons": chosen, "factors": factors, "side": side}
+    return {"adjustment": {"name": f"change {number}", "ops": [op]}, "prompt": SHORT, "force": True}
 
 
-def _switcher(server: Served, wanted: int, done: threading.Event, told: dict[str, Any]) -> None:
-    """Commit changes and take them back, one after another, for as long as the others chat."""
-    layer = told["layer"]
-    with server.client() as client:
-        for number in range(wanted):
-            if done.is_set():
-                return
-            body = {"values": f"{layer}:{number % 30 + 1}={3 + number // 30}", "prompt": SHORT, "max_tokens": 2}
-            begun = time.monotonic()
-            answer = client.post(
-                "/v1/live/clamp?wait=60",
-                json=body | {"keep": True, "force": True},
-                headers={"idempotency-key": f"k{number}"},
-            )
-            told["statuses"][answer.status_code] += 1
-            job = answer.json()
-            while job["status"] in ("queued", "running"):
-                job = client.get(f"/v1/live/jobs/{job['id']}?wait=60").json()
-            told["commit_seconds"].append(time.monotonic() - begun)
-            if job["status"] != "done":
-                told["errors"].append(job["error"])
-                continue
-            change = job["result"]["change"]["label"]
-            told["committed"] += 1
-            begun = time.monotonic()
-            answer = client.post(f"/v1/live/changes/{change}/undo")
-            told["undo_seconds"].append(time.monotonic() - begun)
-            told["statuses"][answer.status_code] += 1
-            told["undone"] += answer.status_code == 200
-    told["seconds"] = time.monotonic() - told["begun"]
+class Switcher:
+    """Commits changes and takes them back, one after another, for as long as the others chat."""
+
+    def __init__(self, server: Served | Inside, count: int, *, keep: int = 0) -> None:
+        self.server, self.count, self.keep = server, count, keep  # of the last ones, `keep` stay on
+        self.statuses: Counter[str] = Counter()
+        self.errors: list[Any] = []
+        self.commits: list[float] = []  # seconds
+        self.undos: list[float] = []
+        self.seconds = 0.0
+
+    def run(self, done: threading.Event | None = None) -> None:
+        """Until all are made, or `done` says that nobody chats any more."""
+        begun = time.monotonic()
+        with self.server.client() as client:
+            status = client.get("/v1/live/status").json()
+            for number in range(self.count):
+                if done is not None and done.is_set():
+                    return
+                change = self._commit(client, number, weight_change(number, status["layers"], status["neurons"]))
+                if change is not None and number < self.count - self.keep:
+                    start = time.monotonic()
+                    answer = client.post(f"/v1/live/changes/{change}/undo")
+                    self.statuses[str(answer.status_code)] += 1
+                    self.undos.append(time.monotonic() - start)
+        self.seconds = time.monotonic() - begun
+
+    def _commit(self, client: httpx.Client, number: int, body: dict[str, Any]) -> str | None:
+        start = time.monotonic()
+        answer = client.post("/v1/live/changes?wait=60", json=body, headers={"idempotency-key": f"k{number}"})
+        self.statuses[str(answer.status_code)] += 1
+        job = answer.json()
+        while job.get("status") in ("queued", "running"):
+            job = client.get(f"/v1/live/jobs/{job['id']}?wait=60").json()
+        if job.get("status") != "done":
+            self.errors.append(job.get("error"))
+            return None
+        self.commits.append(time.monotonic() - start)
+        return str(job["result"]["change"]["label"])
+
+    def told(self) -> dict[str, Any]:
+        """As the results say it."""
+        return {
+            "changes_committed": len(self.commits),
+            "changes_undone": len(self.undos),
+            "change_errors": self.errors[:5],
+            "change_statuses": dict(self.statuses),
+            "changing_seconds": self.seconds,
+            "commit_seconds_median": statistics.median(self.commits or [0]),
+            "undo_seconds_median": statistics.median(self.undos or [0]),
+            "undo_seconds_worst": max(self.undos or [0]),
+        }
 
 
 def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """16 clients chat while changes commit and are undone."""
+    """16 clients chat while changes commit and are undone; the last three stay on."""
+    from liveweight import LiveModel
+
     done = threading.Event()
     errors: list[str] = []
     counted: Counter[str] = Counter()
-    told = _nothing_told(args)
-    with served(folder, args.model, args.threads, probes=args.probes, page=False) as server:
+    with inside(args, folder, probes=args.probes) as server:
+        base = server.service.live.fingerprints()
 
         def client_of(number: int) -> None:
             draw = random.Random(number)
@@ -281,31 +333,34 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     counted["tokens"] += answer["usage"]["completion_tokens"]
                     counted["spanning"] += answer["liveweight"]["spans_versions"]
 
+        switcher = Switcher(server, args.changes, keep=3)
         threads = [threading.Thread(target=client_of, args=(number,)) for number in range(16)]
-        switcher = threading.Thread(target=_switcher, args=(server, args.changes, done, told))
-        for thread in (*threads, switcher):
+        threads.append(threading.Thread(target=switcher.run, args=(done,)))
+        begun = time.monotonic()
+        for thread in threads:
             thread.start()
-        end = time.monotonic() + args.minutes * 60
-        while time.monotonic() < end or (switcher.is_alive() and time.monotonic() < end + 600):
+        end = begun + args.minutes * 60
+        while time.monotonic() < end or (threads[-1].is_alive() and time.monotonic() < end + 600):
             time.sleep(0.2)
         done.set()
-        for thread in (*threads, switcher):
+        for thread in threads:
             thread.join()
-    checked = _checked(args, folder)
+        seconds = time.monotonic() - begun
+        bytes_at_end = server.service.live.fingerprints()
+        on = [change.label for change in server.service.live.changes() if change.state == "active"]
+    with LiveModel.load(args.model, workspace=folder, threads=args.threads) as live:
+        ledger = live.fingerprints()  # of weights that a new process made from the ledger
     return {
         "clients": 16,
-        "seconds": time.monotonic() - told["begun"],
+        "seconds": seconds,
         **counted,
         "errors": errors[:5],
         "error_count": len(errors),
-        "changes_committed": told["committed"],
-        "changes_undone": told["undone"],
-        "change_errors": told["errors"][:5],
-        "statuses": dict(told["statuses"]),
-        "commit_seconds_median": statistics.median(told["commit_seconds"] or [0]),
-        "undo_seconds_median": statistics.median(told["undo_seconds"] or [0]),
-        "undo_seconds_worst": max(told["undo_seconds"] or [0]),
-        **checked,
+        **switcher.told(),
+        "left_on": on,
+        "bytes_are_the_ledgers": bytes_at_end == ledger,
+        "sites_unlike_the_base": sum(bytes_at_end[site] != base[site] for site in base),
+        **_checked(args, folder),
     }
 
 
@@ -368,15 +423,14 @@ def identical(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
             return list(pool.map(one, plan))
 
-    told = _nothing_told(args)
     with served(folder, args.model, args.threads, probes=args.probes, page=False) as server:
         before = asked(server)
-        _switcher(server, args.changes, threading.Event(), told)
+        switcher = Switcher(server, args.changes)
+        switcher.run()
         after = asked(server)
     same = sum(a == b for a, b in zip(before, after, strict=True))
     return {
-        "replies": len(plan), "identical": same, "changes_committed": told["committed"],
-        "changes_undone": told["undone"], "distinct_replies": len(set(before)),
+        "replies": len(plan), "identical": same, "distinct_replies": len(set(before)), **switcher.told(),
     }  # fmt: skip
 
 
@@ -406,14 +460,17 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         def switches(stop: threading.Event = stop, into: list[str] = jobs, round_: int = round_) -> None:
             with server.client() as client:
                 number = 0
+                try:
+                    status = client.get("/v1/live/status").json()
+                except (httpx.HTTPError, ValueError):
+                    return
                 while not stop.is_set():
                     number += 1
-                    body = {"values": f"{args.layer}:{number}=2", "prompt": SHORT, "max_tokens": 1, "keep": True}
+                    body = weight_change(100 * round_ + number, status["layers"], status["neurons"])
                     try:
                         answer = client.post(
-                            "/v1/live/clamp", json=body | {"force": True},
-                            headers={"idempotency-key": f"{round_}-{number}"},
-                        )  # fmt: skip
+                            "/v1/live/changes", json=body, headers={"idempotency-key": f"{round_}-{number}"}
+                        )
                         job = answer.json()
                         into.append(job["id"])
                         while job["status"] in ("queued", "running"):
@@ -564,7 +621,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--longest", type=float, default=8.0, help="seconds before a kill, at most")
     parser.add_argument("--slow", type=int, default=1000)
-    parser.add_argument("--layer", type=int, default=29, help="whose neurons the changes clamp")
     parser.add_argument("--probes", type=int, default=4, help="of the guard, in load, identical and kill; 0 is all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
