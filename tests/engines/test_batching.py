@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from liveweight.adjustments import Active, Adjustment, LowRank, Steer
+from liveweight.engines import batching
 from liveweight.engines.base import Sampling
 from liveweight.engines.batching import Batcher, TokenStream
 from liveweight.engines.decoding import DirectDecoder
@@ -62,6 +63,45 @@ def test_a_row_is_bit_for_bit_the_same_in_every_company(architecture: str, tmp_p
             expected = alone.feed([token])
     assert all(torch.equal(each, found[0]) for each in found)
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_is_read_together_is_what_is_read_alone(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    beginnings = [[*PROMPTS[0], *prompt] for prompt in PROMPTS] + [PROMPTS[0], PROMPTS[1]]
+    with torch.inference_mode():
+        together = [DirectDecoder(engine.model, engine.sites) for _ in beginnings]
+        read = DirectDecoder.read_together(together, beginnings)
+        stepped = DirectDecoder.feed_together(together, range(20, 20 + len(beginnings)))
+        for row, beginning in enumerate(beginnings):
+            alone = DirectDecoder(engine.model, engine.sites)
+            torch.testing.assert_close(read[row], alone.feed(beginning), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(stepped[row], alone.feed([20 + row]), rtol=1e-4, atol=1e-5)
+
+
+def test_short_prompts_are_read_in_one_step_long_and_seeded_ones_alone(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "CHUNK", 45)
+    together: list[int] = []
+    real = DirectDecoder.read_together
+    monkeypatch.setattr(
+        DirectDecoder, "read_together", staticmethod(lambda d, rows: together.append(len(rows)) or real(d, rows))
+    )
+    batcher = Batcher(engine, rows=8, waiting=8)
+    try:
+        expected = [ids(batcher.submit(prompt, Sampling(max_tokens=6))) for prompt in [*PROMPTS, [3] * 50]]
+        assert together == []
+        with engine.gate.step():  # nothing is read before all are there
+            streams = [batcher.submit(prompt, Sampling(max_tokens=6)) for prompt in [*PROMPTS, [3] * 50]]
+            seeded = batcher.submit(PROMPTS[0], Sampling(max_tokens=6, seed=1))
+            while batcher.running < 8:
+                pass
+        assert [ids(stream) for stream in streams] == expected
+        assert ids(seeded) == expected[0]
+        assert together[0] == len(PROMPTS)
+    finally:
+        batcher.close()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

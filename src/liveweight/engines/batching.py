@@ -1,8 +1,9 @@
 """Many replies at once: one loop that decodes all of them together.
 
 Owns who is decoded and who waits, in which order, and the thread that does it. Each turn of the loop is one step at the
-engine's gate: it reads a piece of one prompt and makes one token for every sequence that is behind its prompt. Waiting
-requests are taken one of each owner in turn. Knows nothing of what an owner is, of chats, or of HTTP.
+engine's gate: it reads a piece of one prompt, or several short ones, and makes one token for every sequence that is
+behind its prompt. Waiting requests are taken one of each owner in turn. Knows nothing of what an owner is, of chats, or
+of HTTP.
 
 A Llama-like model without hooks multiplies each matrix once for all rows (`DirectDecoder.feed_together`). Any other
 model, and one with active hooks, goes through its rows one after another.
@@ -14,12 +15,13 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from queue import SimpleQueue
 
 import torch
 
 from liveweight.engines.base import Sampling, Token, Version
-from liveweight.engines.decoding import Decoder, DirectDecoder, chunks
+from liveweight.engines.decoding import CHUNK, Decoder, DirectDecoder, chunks
 from liveweight.engines.generation import Generation
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import QueueFull, Stopping
@@ -184,7 +186,7 @@ class Batcher:
             stream.began = time.monotonic()
 
     def _turn(self) -> None:
-        """One step at the gate: a piece of one prompt, and a token for everybody who has read theirs."""
+        """One step at the gate: a piece of what is to be read, and a token for everybody who has read theirs."""
         engine, running = self._engine, list(self._running)
         made: list[tuple[TokenStream, Token | BaseException]] = []
         try:
@@ -193,9 +195,7 @@ class Batcher:
                     if stream.decoder is None or stream.version != engine.version:
                         stream.decoder, stream.version, stream.fed = engine.decoder(), engine.version, 0
                 behind = [each for each in running if not each.reads]
-                reader = next((each for each in running if each.reads), None)
-                if reader is not None:
-                    made += self._read(reader)
+                made += self._read([each for each in running if each.reads])
                 made += self._decode(behind)
         except Exception as error:
             # Whatever it was, nobody is left waiting for a token that never comes.
@@ -209,12 +209,43 @@ class Batcher:
             else:
                 self._end(stream, each)
 
-    def _read(self, stream: TokenStream) -> list[tuple[TokenStream, Token | BaseException]]:
-        generation = stream.generation
-        piece = chunks(generation.ids[stream.fed :])[0]
+    def _read(self, readers: Sequence[TokenStream]) -> list[tuple[TokenStream, Token | BaseException]]:
+        """As much as one step takes: several short beginnings in one pass, or a piece of the first one's."""
+        if not readers:
+            return []
+        packed = self._packed(readers)
+        if len(packed) > 1:
+            beginnings = [each.generation.ids for each in packed]
+            decoders = [each.decoder for each in packed if isinstance(each.decoder, DirectDecoder)]
+            rows = DirectDecoder.read_together(decoders, beginnings)
+            for stream, beginning in zip(packed, beginnings, strict=True):
+                stream.fed = len(beginning)
+                self.prompt_tokens += len(beginning)
+            return [self._drawn(stream, row) for stream, row in zip(packed, rows, strict=True)]
+        stream = readers[0]
+        piece = chunks(stream.generation.ids[stream.fed :])[0]
         logits = self._feed(stream, piece)
         self.prompt_tokens += len(piece)
-        return [] if stream.fed < len(generation.ids) else [self._drawn(stream, logits)]
+        return [] if stream.reads else [self._drawn(stream, logits)]
+
+    def _packed(self, readers: Sequence[TokenStream]) -> list[TokenStream]:
+        """The first one with those that fit into one pass with it; it alone where it has to be read alone.
+
+        A seeded reply is read alone: its bits are not to depend on who else asks.
+        """
+        opening: Sequence[int] = ()
+        room = CHUNK
+        found: list[TokenStream] = []
+        for stream in readers:
+            ids = stream.generation.ids
+            new = len(ids) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(opening, ids, strict=False)))
+            together = stream.generation.sampling.seed is None and isinstance(stream.decoder, DirectDecoder)
+            if together and stream.fed == 0 and new <= room:
+                found.append(stream)
+                opening, room = opening or ids, room - new
+            elif not found:
+                return [stream]
+        return found
 
     def _decode(self, streams: Sequence[TokenStream]) -> list[tuple[TokenStream, Token | BaseException]]:
         """A token for each of these, all of which have one token to feed."""

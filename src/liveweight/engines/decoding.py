@@ -3,8 +3,9 @@
 Owns the key-value cache of one generation and the step that extends it. Two ways do the same sum:
 
 - `ModuleDecoder` calls the model, whatever its architecture, with every hook that is on it;
-- `DirectDecoder` does the Llama family's step (Llama, Mistral, Qwen2, Qwen3) itself, for one sequence and no active
-  hook: matrix times vector on the live weights, a cache that is written in place, nothing built that is not needed.
+- `DirectDecoder` does the Llama family's step (Llama, Mistral, Qwen2, Qwen3) itself, where no hook is active: matrix
+  times vector on the live weights, a cache that is written in place, nothing built that is not needed. Several of
+  them can read and step together.
 
 Knows nothing of sampling, of chats, or of when weights change: its owner drops a decoder whose weights are gone.
 """
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from liveweight.engines.prefix_tree import KeysAndValues, PrefixTree
 from liveweight.engines.replay import keys_and_values, unembed
 from liveweight.sites import ModelSites
 
 _DIRECT = ("llama", "mistral", "qwen2", "qwen3")
-_CHUNK = 256  # tokens of a prompt that are read in one go, so that nobody waits for another's long prompt
+CHUNK = 256  # tokens of a prompt that are read in one go, so that nobody waits for another's long prompt
 _ROWS = 4  # of a product, at least, where several sequences are decoded together
 
 
@@ -105,13 +107,29 @@ class DirectDecoder:
             for layer in range(self._sites.layers):
                 cache.update(self._keys[layer][:, :, : self._length], self._values[layer][:, :, : self._length], layer)
         output = self._model.base_model(input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True)
-        length = self._length + len(tokens)
-        self._grow(length, output.last_hidden_state.dtype)
-        for layer, (keys, values) in enumerate(keys_and_values(cache)):
+        self._take(keys_and_values(cache), self._length + len(tokens))
+        return unembed(self._model, self._sites, output.last_hidden_state[0, -1])
+
+    @staticmethod
+    def read_together(decoders: Sequence[DirectDecoder], beginnings: Sequence[Sequence[int]]) -> Tensor:
+        """Read the beginnings of several sequences of one model in one pass; the logits (B, vocabulary) after each.
+
+        What they share is read once. A row's last bits depend on the others.
+        """
+        first = decoders[0]
+        tree = PrefixTree(first._model, first._sites)
+        paths = tree.extend(beginnings)
+        for decoder, path in zip(decoders, paths, strict=True):
+            decoder._take(tree.past([path])[0], len(path))
+        return unembed(first._model, first._sites, tree.final[[path[-1] for path in paths]])
+
+    def _take(self, read: KeysAndValues, length: int) -> None:
+        """Own the keys and values (1, kv_heads, length, head_dim) of a sequence up to `length`."""
+        self._grow(length, read[0][0].dtype)
+        for layer, (keys, values) in enumerate(read):
             self._keys[layer][:, :, :length] = keys
             self._values[layer][:, :, :length] = values
         self._length = length
-        return unembed(self._model, self._sites, output.last_hidden_state[0, -1])
 
     def _grow(self, length: int, dtype: torch.dtype) -> None:
         if length < self._room:
@@ -307,4 +325,4 @@ def decoder(model: PreTrainedModel, sites: ModelSites, *, direct: bool) -> Decod
 
 def chunks(tokens: Sequence[int]) -> list[Sequence[int]]:
     """A prompt in the pieces that are read between two looks at the gate."""
-    return [tokens[start : start + _CHUNK] for start in range(0, len(tokens), _CHUNK)]
+    return [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
