@@ -11,7 +11,6 @@ from torch import Tensor
 
 from liveweight.adjustments import Adjustment, Dense, Entries, Gain, MixHeads, Op
 from liveweight.errors import InvalidInput, StateConflict, UnknownChange, Unsupported
-from liveweight.evidence import probe
 from liveweight.live_model import LiveModel
 from tests.tiny_workspace import QUESTION, tiny_settings
 
@@ -33,7 +32,7 @@ def live(tmp_path: Path) -> Iterator[LiveModel]:
 
 
 def logits(live: LiveModel) -> Tensor:
-    return probe(live.engine, (1, 5, 9, 12), (7, 8, 20))
+    return live.engine.logits((1, 5, 9, 12), (7, 8, 20))
 
 
 def test_a_folded_change_is_the_same_function_without_a_hook_and_undo_brings_the_old_one_back(live: LiveModel) -> None:

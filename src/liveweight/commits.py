@@ -13,7 +13,6 @@ import torch
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import GuardRefused, LiveweightError, NoEffect
-from liveweight.evidence import probe
 from liveweight.guard import GuardReport, ProtectedItem
 from liveweight.interrupts import uninterrupted
 from liveweight.ladder import Phases
@@ -59,12 +58,12 @@ class Commits:
         watched is bit for bit what it was, unless it need not move (a change said in another way).
         """
         engine, ledger = self._engine, self._ledger
-        before = probe(engine, *watched)
+        before = engine.logits(*watched)
         with uninterrupted(), engine.gate.uninterruptible():
             with phases.of("commit"):
                 change = ledger.intend(proposal, replaces=replaces)
                 version = engine.become(ledger.state(self._model, intended=True))
-                if must_move and torch.equal(before, probe(engine, *watched)):
+                if must_move and torch.equal(before, engine.logits(*watched)):
                     raise self._no_effect(change, report)
             final = {"version_after": str(version), "seconds": dict(phases.seconds)}
             with ledger.together():  # killed here, all of it is there, or the change is not yet

@@ -25,7 +25,7 @@ from liveweight.adjustments import (
     ScaleNeurons,
     State,
 )
-from liveweight.engines.base import Message, Sampling, ScoreItem
+from liveweight.engines.base import Message, Sampling
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import Unsupported
 from liveweight.ledger import Key
@@ -64,22 +64,18 @@ def answer_under(
     `draft` is a guess: as far as it is right it is read in one pass instead of being generated.
     """
     with engine.preview(state):
-        right = 0
+        accepted: list[int] = []
         if draft:
-            score = engine.score([ScoreItem(tuple(prompt), tuple(draft[: _AFTER_TOKENS - 1]))])[0]
-            right = int((score.argmax == score.tokens).long().cumprod(0).sum())
-        accepted = list(draft[:right])
-        tokens = list(engine.continue_from([*prompt, *accepted], Sampling(max_tokens=_AFTER_TOKENS - right)))
+            guess = tuple(draft[: _AFTER_TOKENS - 1])
+            said = engine.logits(prompt, guess).argmax(-1).tolist()  # one more than guessed
+            right = next((place for place, token in enumerate(guess) if said[place] != token), len(guess))
+            accepted = list(guess[:right])
+            if said[right] in engine.format.end_tokens:
+                return engine.format.decode(accepted).strip(), tuple(accepted)
+        tokens = list(engine.continue_from([*prompt, *accepted], Sampling(max_tokens=_AFTER_TOKENS - len(accepted))))
     ids = [*accepted, *(token.id for token in tokens if token.id not in engine.format.end_tokens)]
     text = engine.format.decode(ids).strip()
     return (f"{text}…" if tokens and tokens[-1].finish == "length" else text), tuple(ids)
-
-
-def probe(engine: TransformersEngine, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """One forward pass over question and answer: logits (T, vocabulary) at the answer, which a change must move."""
-    final = engine.record([[*prompt, *answer]], [len(prompt) - 1]).final[0, : len(answer) + 1]
-    with engine.gate.step(), torch.inference_mode():
-        return engine.unembed(final).float().cpu()
 
 
 def moved(engine: TransformersEngine, adjustment: Adjustment) -> WeightsMoved:

@@ -18,7 +18,6 @@ from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import StateConflict, Unsupported
 from liveweight.evidence import answer_under, moved
-from liveweight.evidence import probe as logits_over
 from liveweight.ladder import Phases
 from liveweight.ledger import Change as Record
 from liveweight.ledger import Ledger, Proposal
@@ -105,7 +104,7 @@ def _require_same(
     found: list[list[Tensor]] = []
     for state in (acting, candidate):
         with engine.preview(state):
-            found.append([logits_over(engine, *each) for each in watched])
+            found.append([engine.logits(*each) for each in watched])
     apart = max(float((new - old).abs().max() / old.abs().max()) for old, new in zip(*found, strict=True))
     most = _SAME.get(engine.model.dtype, _SAME_ROUNDED)
     if apart > most:

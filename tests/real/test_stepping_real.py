@@ -9,7 +9,6 @@ import torch
 
 from liveweight.adjustments import Active, Adjustment, Gain, folded
 from liveweight.engines.base import Message
-from liveweight.evidence import probe
 from liveweight.live_model import LiveModel
 
 QUESTION = "What is the capital of France?"
@@ -51,7 +50,7 @@ def test_gains_folded_into_the_embedded_model_s_weights_give_the_same_logits(tmp
         found = []
         for adjustment in (acting, folded(acting, engine.sites)):
             with engine.preview((Active(adjustment, 0.7),)):
-                found.append(probe(engine, prompt, ()))
-        plain = probe(engine, prompt, ())
+                found.append(engine.logits(prompt, ()))
+        plain = engine.logits(prompt, ())
         assert float((found[0] - plain).abs().max()) > 0.1
         assert float((found[0] - found[1]).abs().max()) < 1e-3

@@ -367,6 +367,13 @@ class TransformersEngine:
             logprobs[here] = logits[own, tokens[here]] - logits.logsumexp(-1)[own]
         return logprobs, argmax
 
+    def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+        """Before each token of an answer and behind it: (T + 1, vocabulary), float32. Equal weights give equal bits."""
+        with self.gate.step(), self.activations.prompt(len(prompt)), torch.no_grad():
+            ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
+            final = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            return self.unembed(final[len(prompt) - 1 :]).float().cpu()
+
     def read(self, rows: Sequence[Sequence[int]], starts: Sequence[int], layer: int) -> list[tuple[Tensor, Tensor]]:
         """Of each row from its position `starts` on: what left the final norm and what a dense MLP read, (T, width)."""
         if not rows:
