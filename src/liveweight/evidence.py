@@ -39,6 +39,7 @@ from liveweight.tracing import decode_directions, label_neurons
 _KEY_DEPTH = 0.85
 _AFTER_TOKENS = 40
 _SHOWN = 8
+_GUESSES = 256  # prompts whose last answer is remembered
 
 
 def key_of(engine: TransformersEngine, prompt: Sequence[int]) -> Key | None:
@@ -61,12 +62,25 @@ def answer_under(
 ) -> tuple[str, tuple[int, ...]]:
     """The greedy answer to a prompt under a state, its text and its tokens without the one that ends it.
 
-    `draft` is a guess: as far as it is right it is read in one pass instead of being generated.
+    `draft` is a guess, else what was said last to this prompt is one: as far as it is right it is read in one pass
+    instead of being generated.
     """
+    asked = tuple(prompt)
+    with engine.gate.step():
+        guess = tuple(draft or engine.guesses.pop(asked, ()))[: _AFTER_TOKENS - 1]
+        text, ids = _answered(engine, state, asked, guess)
+        engine.guesses[asked] = ids
+        while len(engine.guesses) > _GUESSES:
+            engine.guesses.pop(next(iter(engine.guesses)))
+    return text, ids
+
+
+def _answered(
+    engine: TransformersEngine, state: State, prompt: tuple[int, ...], guess: tuple[int, ...]
+) -> tuple[str, tuple[int, ...]]:
     with engine.preview(state):
         accepted: list[int] = []
-        if draft:
-            guess = tuple(draft[: _AFTER_TOKENS - 1])
+        if guess:
             said = engine.logits(prompt, guess).argmax(-1).tolist()  # one more than guessed
             right = next((place for place, token in enumerate(guess) if said[place] != token), len(guess))
             accepted = list(guess[:right])

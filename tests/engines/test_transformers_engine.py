@@ -14,6 +14,7 @@ from liveweight.engines.decoding import DirectDecoder, ModuleDecoder
 from liveweight.engines.replay import run_whole
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, UnknownSite
+from liveweight.evidence import answer_under
 from tracing.tiny_engines import tiny_engine
 
 PROMPT = [5, 9, 17, 3, 11, 8]
@@ -238,3 +239,15 @@ def test_a_prompt_that_is_too_long_or_empty_is_refused(engine: TransformersEngin
         engine.continue_from([])
     with pytest.raises(InvalidInput, match="empty"):
         engine.encode([Message("user", "  ")])
+
+
+@pytest.mark.parametrize("guess", [(), (3, 3, 3), None])
+def test_an_answer_is_the_same_whatever_was_guessed(tmp_path: Path, guess: tuple[int, ...] | None) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    prompt = (5, 9, 17, 3)
+    plain = answer_under(tiny_engine("llama", tmp_path), (), prompt)
+    assert plain[1][:3] != (3, 3, 3)
+    draft = plain[1] if guess is None else guess
+    assert [answer_under(engine, (), prompt, draft) for _ in range(2)] == [plain, plain]
+    assert answer_under(engine, (), prompt) == plain  # guessed from the last time
+    assert set(engine.guesses) == {prompt}

@@ -68,6 +68,8 @@ class TransformersEngine:
         self._numbers = {self._version.hash: 0}  # a state that comes back has its number back
         self.of_base: dict[Hashable, Any] = {}
         """What was read of the base and need not be read again, by whoever read it: true whatever the state is."""
+        self.guesses: dict[tuple[int, ...], tuple[int, ...]] = {}
+        """What was answered last to a prompt, whatever the state was then: a guess, which one pass confirms or not."""
 
     # --------------------------------------------------------------------------------------------------- state
 
