@@ -6,6 +6,7 @@ refused, 130 interrupted), and nothing else. Heavy imports happen inside the ver
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ from liveweight.cli.options import JSON_WISHED, Options
 from liveweight.errors import LiveweightError
 
 INTERRUPTED = 130
+_OBJECTS = 100_000  # that are new, before it is looked which of them are garbage
 
 _EPILOG = "Exit codes: 0 done, 1 failed, 2 usage, 3 the guard refused, 130 interrupted."
 
@@ -165,4 +167,7 @@ app.add_typer(keys.keys, name="keys")
 
 def main() -> None:
     """The program `liveweight`."""
+    # Importing torch and transformers makes millions of objects that stay: looking through them for garbage again and
+    # again was a sixth of the time.
+    gc.set_threshold(_OBJECTS, 20, 20)
     app()
