@@ -313,6 +313,19 @@ def test_a_good_answer_is_protected_and_an_overruling_fix_releases_it(live: Live
     assert label not in [answer.label for answer in live.protected()]
 
 
+def test_a_protected_answer_is_taken_back_like_a_change(live: LiveModel) -> None:
+    change = live.good(live.chat(QUESTION))
+    if change.id is not None:
+        live.undo(change)
+    gone = live.undo("p1")
+    assert (gone.label, gone.state, gone.question) == ("p1", "undone", QUESTION)
+    assert live.protected() == []
+    assert live.history()[-1].kind == "unprotected"
+    for label in ("p1", "p9"):
+        with pytest.raises(StateConflict, match=label):
+            live.undo(label)
+
+
 def test_a_method_that_refits_is_asked_again_with_the_protected_answers_that_it_would_change(
     live: LiveModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

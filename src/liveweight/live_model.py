@@ -473,8 +473,12 @@ class LiveModel(Reading):
     def undo(self, change: ChangeLike | None = None) -> Change:
         """Take a change back for good: the newest one that is on or off, unless told which.
 
-        What it had replaced comes back on with the same step, so that the model is what it would have been without.
+        What it had replaced comes back on with the same step, so that the model is what it would have been without. Of
+        an answer that `good` only protected (`p3`), the protection ends.
         """
+        label = change.label if isinstance(change, Change) else str(change)
+        if change is not None and label.startswith("p") and label[1:].isdecimal():
+            return self._unprotected(label)
         with self._whole(self.patience):
             number = self._newest() if change is None else self._id(change)
             back = [
@@ -496,6 +500,25 @@ class LiveModel(Reading):
         with self._whole():
             questions = [each.question for each in self.guard.probes.chats[:3]]
             return folding.fold(self.engine, self.ledger, self._commits, self._id(change), questions)
+
+    def _unprotected(self, label: str) -> Change:
+        everything = self.ledger.protected(self.engine.info.hash, everything=True)
+        found = next((each for each in everything if each.label == label), None)
+        if found is None or not found.active:
+            what = "There is no protected answer" if found is None else "No longer protected is"
+            raise StateConflict(f"{what} {label}.", hint="`liveweight protected` lists those that are.")
+        self.ledger.unprotect(found.id)
+        question = next((turn.content for turn in reversed(found.messages) if turn.role == "user"), "")
+        return Change(
+            id=None,
+            state="undone",
+            verdict="good",
+            method=None,
+            name=f"good: {question}",
+            question=question,
+            wanted=None,
+            protected=label,
+        )
 
     def _require_not_folded(self, number: int) -> None:
         """Raises StateConflict where a change's own fold is on: it would act twice."""

@@ -206,6 +206,10 @@ def test_good_is_one_click(visitor: Come, server: Served) -> None:
     assert number is not None
     assert [said.verdict for said in server.service.live.feedback(number)] == ["good"]
     assert server.service.live.protected()
+    turn.get_by_role("button", name="Take back").click()
+    expect(turn.get_by_text("Protected")).to_be_hidden()
+    expect(turn.get_by_role("button", name="Good")).to_have_attribute("aria-pressed", "false")
+    assert not server.service.live.protected()
 
 
 def test_answering_again_and_asking_otherwise_make_branches_that_the_address_names(visitor: Come) -> None:

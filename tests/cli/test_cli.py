@@ -36,6 +36,7 @@ VERBS = [
     "features",
     "diff",
     "changes",
+    "protected",
     "show",
     "undo",
     "off",
@@ -138,6 +139,10 @@ def test_bad_and_good_judge_the_last_reply_or_the_one_that_is_named(run: Run) ->
     run("ask", OTHER)
     good = parsed(run("good", "--reply", "r1", "--json"))
     assert good["report"]["question"] == QUESTION
+    assert [each["label"] for each in parsed(run("protected", "--json"))] == ["p1"]
+    assert "p1" in run("protected").stdout
+    assert "p1" in run("undo", "p1").stdout
+    assert parsed(run("protected", "--json")) == []
     bad = parsed(run("bad", "--reason", "odd", "--force", "--json"))
     assert (bad["report"]["question"], bad["report"]["reason"]) == (OTHER, "odd")
 

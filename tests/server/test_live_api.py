@@ -96,6 +96,9 @@ def test_a_preview_commits_nothing_and_a_good_reply_is_protected(client: TestCli
     judged(client, reply, verdict="good", reason="as it should be")
     assert [each["label"] for each in client.get("/v1/live/protected").json()] == ["p1"]
     assert [each["verdict"] for each in client.get(f"/v1/live/replies/{reply}/feedback").json()] == ["good"]
+    assert client.post("/v1/live/changes/p1/undo").json()["state"] == "undone"
+    assert client.get("/v1/live/protected").json() == []
+    assert client.post("/v1/live/changes/p1/undo").status_code == 409
 
 
 def test_the_same_key_twice_is_one_job_and_another_request_under_it_is_refused(client: TestClient) -> None:

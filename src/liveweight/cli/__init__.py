@@ -148,6 +148,7 @@ for _verb in (
     diff.diff,
     changes.changes,
     changes.show,
+    changes.protected,
     switch.undo,
     switch.off,
     switch.on,

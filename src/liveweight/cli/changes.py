@@ -1,4 +1,7 @@
-"""`liveweight changes` and `show`: what the ledger holds. No model is loaded, and a running chat is not disturbed."""
+"""`liveweight changes`, `show` and `protected`: what the ledger holds.
+
+No model is loaded, and a running chat is not disturbed.
+"""
 
 from __future__ import annotations
 
@@ -37,3 +40,14 @@ def show(options: Options, change: Annotated[str, typer.Argument(metavar="ID", h
         record = ledger.change(change)
         found = Change.of(record, ledger.report(record.id))
     output.print_change(found, as_json=options.json)
+
+
+@takes_options
+def protected(options: Options) -> None:
+    """List the answers that changes must leave as they are; `undo p3` lets one go."""
+    with session.reading(options) as ledger:
+        found = ledger.protected(session.model_hash(ledger, options.settings().model) or "")
+    if options.json:
+        output.print_json([{"label": each.label, **each.model_dump(mode="json")} for each in found])
+    else:
+        output.out().print(output.protected_view(found))

@@ -19,6 +19,7 @@ from liveweight.shown import short, table
 
 if TYPE_CHECKING:
     from liveweight.errors import LiveweightError
+    from liveweight.ledger import ProtectedAnswer
     from liveweight.reports import Change
 
 
@@ -128,4 +129,16 @@ def changes_view(changes: Sequence[Change]) -> RenderableType:
             Text(short(change.question, 36)),
             Text(short(wanted, 18)),
         )
+    return shown
+
+
+def protected_view(answers: Sequence[ProtectedAnswer]) -> RenderableType:
+    """All protected answers, one a line."""
+    if not answers:
+        return Text("No answer is protected.")
+    shown = table("id", "question", "answer", "came with")
+    for each in answers:
+        question = next((turn.content for turn in reversed(each.messages) if turn.role == "user"), "")
+        with_change = "" if each.change is None else f"c{each.change}"
+        shown.add_row(Text(each.label, "bold"), Text(short(question, 36)), Text(short(each.answer, 36)), with_change)
     return shown

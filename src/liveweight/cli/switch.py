@@ -20,7 +20,10 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="Such as c3.")]
 @takes_options
 def undo(
     options: Options,
-    change: Annotated[str | None, typer.Argument(metavar="[ID]", help="Such as c3; else the newest one.")] = None,
+    change: Annotated[
+        str | None,
+        typer.Argument(metavar="[ID]", help="Such as c3, or p3 for a protected answer; else the newest change."),
+    ] = None,
 ) -> None:
     """Take a change back for good. The weights are then bit for bit what they would be without it."""
     with session.opened(options) as live:

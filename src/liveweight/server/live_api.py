@@ -333,7 +333,7 @@ def strength(
 
 @router.post("/changes/{change}/undo", tags=["changes"], responses=_MOVE)
 def undo(service: Served, author: Editor, change: ChangeId) -> ChangeView:
-    """Take a change back for good; what it had replaced comes back on."""
+    """Take a change back for good; what it had replaced comes back on. A protected answer (p3) is let go."""
     return _moved(author, lambda: service.live.undo(change))
 
 

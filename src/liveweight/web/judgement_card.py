@@ -100,10 +100,10 @@ class JudgementCard:
             return "failed", job.id
         if job is not None and not hidden and job.request.get("preview"):
             return "looking", job.id
+        if self._judged.protected is not None and (change is None or change.state == "undone"):
+            return "kept", self._judged.protected
         if change is not None:
             return "applied", change.id
-        if self._judged.verdict == "good":
-            return "kept", self._judged.protected
         return "closed", None
 
     def _forget(self) -> None:
@@ -242,8 +242,9 @@ class JudgementCard:
                     report_view(change.report, self._frame.neurons, done=change.state in ("active", "off", "undone"))
 
     def _kept(self) -> None:
-        label = f" ({self._judged.protected})" if self._judged.protected else ""
-        tag("p", f"Protected{label}: later changes have to leave this answer as it is.")
+        tag("p", f"Protected ({self._judged.protected}): later changes have to leave this answer as it is.")
+        with tag("div", "", "row"):
+            button("Take back", self._unprotect, title="Let later changes move this answer again")
 
     # ------------------------------------------------------------------------------------------------- what happens
 
@@ -287,6 +288,10 @@ class JudgementCard:
         self._judged = Judged(self._judged.verdict, job, self._judged.change, self._judged.protected)
         self._draw()
         self._changed()
+
+    async def _unprotect(self) -> None:
+        if await self._frame.act(self._frame.service.live.undo, str(self._judged.protected)) is not None:
+            tell(f"{self._judged.protected} is not protected any more.")
 
     async def _cancel(self) -> None:
         job = self._judged.job

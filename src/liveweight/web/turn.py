@@ -55,7 +55,8 @@ class Turn:
 
     def update(self, judged: Judged, siblings: list[int]) -> None:
         """Show what became of the feedback, and how many other answers there are."""
-        said = judged.verdict or ""
+        taken_back = judged.verdict == "good" and judged.protected is None and judged.change is None
+        said = "" if taken_back else judged.verdict
         for element, verdict in ((self._good, "good"), (self._bad, "bad"), (self._fix, "fix")):
             element.props["aria-pressed"] = str(said == verdict).lower()
         if siblings != self._siblings:
