@@ -28,7 +28,7 @@ from liveweight.engines.base import Message, Sampling, Token
 from liveweight.engines.model_source import load as load_checkpoint
 from liveweight.engines.model_source import resolve
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput, StateConflict
+from liveweight.errors import InvalidInput, StateConflict, UnknownChange
 from liveweight.evidence import answer_under
 from liveweight.guard import Guard, GuardReport
 from liveweight.interrupts import uninterrupted
@@ -504,9 +504,11 @@ class LiveModel(Reading):
     def _unprotected(self, label: str) -> Change:
         everything = self.ledger.protected(self.engine.info.hash, everything=True)
         found = next((each for each in everything if each.label == label), None)
-        if found is None or not found.active:
-            what = "There is no protected answer" if found is None else "No longer protected is"
-            raise StateConflict(f"{what} {label}.", hint="`liveweight protected` lists those that are.")
+        hint = "`liveweight protected` lists those that are."
+        if found is None:
+            raise UnknownChange(f"There is no protected answer {label}.", hint=hint, change=label)
+        if not found.active:
+            raise StateConflict(f"{label} is not protected any more.", hint=hint, change=label)
         self.ledger.unprotect(found.id)
         question = next((turn.content for turn in reversed(found.messages) if turn.role == "user"), "")
         return Change(
