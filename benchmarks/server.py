@@ -438,7 +438,8 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """`kill -9` at random instants; what was acknowledged has to be there afterwards."""
     draw = random.Random(args.seed)
     server = Served(folder, args.model, args.threads, probes=args.probes, page=False)
-    restarts = [server.start()]
+    server.start()
+    restarts: list[float] = []
     lost: list[str] = []
     known: dict[str, str] = {}  # change -> state that was acknowledged last
     sent: dict[str, str] = {}  # change -> state that was asked for, when no answer came
@@ -526,8 +527,9 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 lost.append("a change twice")
     server.stop()
     return {
-        "kills": args.kills, **counted, "lost": lost, "restart_seconds_median": statistics.median(restarts),
-        "restart_seconds_worst": max(restarts),
+        "kills": args.kills, **counted, "distinct_changes": len(known), "lost": lost,
+        "restart_seconds": [round(each, 2) for each in restarts],
+        "restart_seconds_median": statistics.median(restarts), "restart_seconds_worst": max(restarts),
     }  # fmt: skip
 
 
