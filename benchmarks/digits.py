@@ -35,9 +35,9 @@ Line = Callable[[random.Random, int], str]
 
 DIGITS = range(1, 10)
 HELD_OUT_FAMILIES = {"times", "ordinals", "countdown", "code"}
-HELD_OUT, FITTED, FITTED_OTHERS = 50, 80, 24  # a digit: held out; fitted on, of 1 and 7; of each other digit
-GONE = 0.7  # of 1's answers on the fitting prompts: more than the half that is asked for on held-out ones
-POOL = 20  # prompts of each family and digit that are tried
+HELD_OUT, FITTED, FITTED_OTHERS = 50, 40, 24  # a digit: held out; fitted on, of 1 and 7; of each other digit
+GONE = 0.6  # of 1's answers on the fitting prompts: somewhat more than the half that is asked for on held-out ones
+POOL = 10  # prompts of each family and digit that are tried
 WORDS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINALS = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 NAMES = ("Tom", "Anna", "Ravi", "Mei", "Omar", "Lucy", "Ivan", "Sara")
