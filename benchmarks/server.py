@@ -59,25 +59,35 @@ SHORT = "Answer with one word. What is the capital of France?"  # what the repor
 PARTS = ("overhead", "batch", "load", "identical", "kill", "bad")
 
 
-class Served:
-    """A server process and a way to ask it."""
+class Reached:
+    """A server that can be asked."""
+
+    url = ""
+
+    def client(self) -> httpx.Client:
+        """A client of it."""
+        return httpx.Client(base_url=self.url, timeout=httpx.Timeout(120))
+
+
+class Served(Reached):
+    """A server process."""
 
     def __init__(self, workspace: Path, model: str, threads: int | None, *, probes: int = 0, **server: Any) -> None:
         self.probes = probes
         self.workspace, self.model, self.threads, self.server = workspace, model, threads, server
-        self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> float:
         """Begin, and return the seconds until it answers."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
         settings = {"requests_per_minute": 1_000_000, **self.server}
         environment = {f"LIVEWEIGHT_SERVER__{name.upper()}": str(value) for name, value in settings.items()}
         if self.probes:
             environment["LIVEWEIGHT_GUARD__PROBE_FILE"] = str(few_probes(self.workspace.parent, self.probes))
-        words = [sys.executable, "-m", "liveweight", "serve", "--port", str(self.port)]
+        words = [sys.executable, "-m", "liveweight", "serve", "--port", str(port)]
         words += ["--workspace", str(self.workspace), "--model", self.model]
         words += [] if self.threads is None else ["--threads", str(self.threads)]
         begun = time.monotonic()
@@ -106,15 +116,6 @@ class Served:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
-    @property
-    def url(self) -> str:
-        """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
-
-    def client(self) -> httpx.Client:
-        """A client of it."""
-        return httpx.Client(base_url=self.url, timeout=httpx.Timeout(120))
-
 
 @contextmanager
 def served(folder: Path, model: str, threads: int | None, *, probes: int = 0, **server: Any) -> Iterator[Served]:
@@ -126,15 +127,11 @@ def served(folder: Path, model: str, threads: int | None, *, probes: int = 0, **
         found.stop()
 
 
-class Inside:
+class Inside(Reached):
     """A server in this process, whose weights can be looked at."""
 
     def __init__(self, service: Any, url: str) -> None:
         self.service, self.url = service, url
-
-    def client(self) -> httpx.Client:
-        """A client of it."""
-        return httpx.Client(base_url=self.url, timeout=httpx.Timeout(120))
 
 
 @contextmanager
@@ -256,10 +253,17 @@ def weight_change(number: int, layers: int, neurons: int) -> dict[str, Any]:
     return {"adjustment": {"name": f"change {number}", "ops": [op]}, "prompt": SHORT, "force": True}
 
 
+def ended(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
+    """A job when it is over; what is no job as it is."""
+    while job.get("status") in ("queued", "running"):
+        job = client.get(f"/v1/live/jobs/{job['id']}?wait=60").json()
+    return job
+
+
 class Switcher:
     """Commits changes and takes them back, one after another, for as long as the others chat."""
 
-    def __init__(self, server: Served | Inside, count: int, *, keep: int = 0) -> None:
+    def __init__(self, server: Reached, count: int, *, keep: int = 0) -> None:
         self.server, self.count, self.keep = server, count, keep  # of the last ones, `keep` stay on
         self.statuses: Counter[str] = Counter()
         self.errors: list[Any] = []
@@ -287,9 +291,7 @@ class Switcher:
         start = time.monotonic()
         answer = client.post("/v1/live/changes?wait=60", json=body, headers={"idempotency-key": f"k{number}"})
         self.statuses[str(answer.status_code)] += 1
-        job = answer.json()
-        while job.get("status") in ("queued", "running"):
-            job = client.get(f"/v1/live/jobs/{job['id']}?wait=60").json()
+        job = ended(client, answer.json())
         if job.get("status") != "done":
             self.errors.append(job.get("error"))
             return None
@@ -365,7 +367,7 @@ def load(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _checked(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every token of every greedy reply under the weights that it names, and the weights under the ledger."""
+    """Every token of every greedy reply, scored again under the weights that it names."""
     from liveweight import LiveModel
     from liveweight.engines.base import ScoreItem
     from liveweight.versions import moments, state_at
@@ -472,10 +474,8 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                         answer = client.post(
                             "/v1/live/changes", json=body, headers={"idempotency-key": f"{round_}-{number}"}
                         )
-                        job = answer.json()
-                        into.append(job["id"])
-                        while job["status"] in ("queued", "running"):
-                            job = client.get(f"/v1/live/jobs/{job['id']}?wait=20").json()
+                        into.append(answer.json()["id"])
+                        job = ended(client, answer.json())
                         if job["status"] != "done":
                             continue
                         change = job["result"]["change"]["label"]
@@ -509,9 +509,7 @@ def kill(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 if answer.status_code != 200:
                     lost.append(f"job {job}")
                     continue
-                found = answer.json()
-                while found["status"] in ("queued", "running"):
-                    found = client.get(f"/v1/live/jobs/{job}?wait=60").json()
+                found = ended(client, answer.json())
                 if found["status"] == "done":
                     change = found["result"]["change"]["label"]
                     known.setdefault(change, "active")
@@ -577,8 +575,9 @@ def bad(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if not 400 <= answer.status_code < 500:
                 strange.append(f"{method} {path[:60]}: {answer.status_code}")
         slow = []
+        where = httpx.URL(server.url)
         for number in range(args.slow):
-            connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            connection = socket.create_connection((where.host, where.port or 80), timeout=30)
             # Half of them never end their head, the others never end their body.
             head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
             connection.sendall(

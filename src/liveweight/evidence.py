@@ -83,9 +83,10 @@ def _answered(
         if guess:
             said = engine.logits(prompt, guess).argmax(-1).tolist()  # one more than guessed
             right = next((place for place, token in enumerate(guess) if said[place] != token), len(guess))
-            accepted = list(guess[:right])
             if said[right] in engine.format.end_tokens:
-                return engine.format.decode(accepted).strip(), tuple(accepted)
+                return engine.format.decode(guess[:right]).strip(), guess[:right]
+            if not engine.activations.hooks:  # some of which tell what was said from what was asked
+                accepted = list(guess[:right])
         tokens = list(engine.continue_from([*prompt, *accepted], Sampling(max_tokens=_AFTER_TOKENS - len(accepted))))
     ids = [*accepted, *(token.id for token in tokens if token.id not in engine.format.end_tokens)]
     text = engine.format.decode(ids).strip()

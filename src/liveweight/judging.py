@@ -146,7 +146,7 @@ class Judge:
     def _searched(self, work: _Work, names: Sequence[str]) -> Searched:
         """What to do, and its report; what was previewed in this very state is not searched for again."""
         said, options = work.said, work.options
-        protected = tuple(each.label for each in self._commits.protected_items())
+        protected = tuple(each.id for each in self._ledger.protected(self._model))
         key = (said.reply.id, said.kind, said.wanted, names, options.keep_both, self._engine.state, protected)
         known = self._previewed.pop(key, None)
         if known is not None:

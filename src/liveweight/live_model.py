@@ -510,14 +510,13 @@ class LiveModel(Reading):
         if not found.active:
             raise StateConflict(f"{label} is not protected any more.", hint=hint, change=label)
         self.ledger.unprotect(found.id)
-        question = next((turn.content for turn in reversed(found.messages) if turn.role == "user"), "")
         return Change(
             id=None,
             state="undone",
             verdict="good",
             method=None,
-            name=f"good: {question}",
-            question=question,
+            name=f"good: {found.question}",
+            question=found.question,
             wanted=None,
             protected=label,
         )

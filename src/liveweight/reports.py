@@ -54,11 +54,6 @@ class Reply(ledger.Reply):
         return str(self.details.get("finish", ""))
 
     @property
-    def question(self) -> str:
-        """The last thing the person said."""
-        return next((turn.content for turn in reversed(self.messages) if turn.role == "user"), "")
-
-    @property
     def prompt(self) -> tuple[Message, ...]:
         """The chat before the reply, as an engine takes it."""
         return tuple(Message(turn.role, turn.content) for turn in self.messages)

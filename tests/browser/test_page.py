@@ -14,6 +14,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from liveweight.evaluation.edit_metrics import EditScores
+from liveweight.web.talking import Speaking
 from tests.browser.serving import Served, Visitor, served
 from tests.tiny_workspace import OTHER, QUESTION
 
@@ -246,6 +247,9 @@ def test_an_answer_under_way_is_seen_by_all_survives_a_reload_and_can_be_stopped
     visitor: Come, server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = Held(server.service, monkeypatch)
+    stopped = threading.Event()
+    stop = Speaking.stop
+    monkeypatch.setattr(Speaking, "stop", lambda speaking: (stop(speaking), stopped.set()))
     me = visitor()
     page = me.open()
     page.get_by_label("Your message").fill(QUESTION)
@@ -259,6 +263,7 @@ def test_an_answer_under_way_is_seen_by_all_survives_a_reload_and_can_be_stopped
     other = visitor().open(page.url.removeprefix(server.address))
     expect(other.locator('.answer[aria-busy="true"]')).to_have_text(so_far)
     page.locator("body").press("Escape")
+    assert stopped.wait(30)
     held.go.set()
     for each in (page, other):
         expect(each.locator("article[data-reply]")).to_have_count(1)

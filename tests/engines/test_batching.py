@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from liveweight.adjustments import Active, Adjustment, LowRank, Steer
-from liveweight.engines import batching
+from liveweight.engines import batching, decoding
 from liveweight.engines.base import Sampling
 from liveweight.engines.batching import Batcher, TokenStream
 from liveweight.engines.decoding import DirectDecoder
@@ -126,6 +126,17 @@ def test_a_model_of_another_family_is_decoded_row_by_row(architecture: str, tmp_
         assert [ids(stream) for stream in streams] == engine.greedy(PROMPTS[:3], 6)
     finally:
         batcher.close()
+
+
+@pytest.mark.parametrize("length", [8, 9, 17])
+def test_a_prompt_of_several_pieces_is_read_to_its_end(
+    engine: TransformersEngine, batcher: Batcher, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    prompts = torch.randint(3, 50, (12, length), generator=torch.Generator().manual_seed(length)).tolist()
+    expected = [[token.id for token in engine.continue_from(prompt, Sampling(max_tokens=6))] for prompt in prompts]
+    monkeypatch.setattr(batching, "CHUNK", 8)
+    monkeypatch.setattr(decoding, "CHUNK", 8)
+    assert [ids(batcher.submit(prompt, Sampling(max_tokens=6))) for prompt in prompts] == expected
 
 
 def test_hooks_count_positions_for_each_row(engine: TransformersEngine, batcher: Batcher) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -251,3 +252,15 @@ def test_an_answer_is_the_same_whatever_was_guessed(tmp_path: Path, guess: tuple
     assert [answer_under(engine, (), prompt, draft) for _ in range(2)] == [plain, plain]
     assert answer_under(engine, (), prompt) == plain  # guessed from the last time
     assert set(engine.guesses) == {prompt}
+
+
+@pytest.mark.parametrize("when", ["prompt", "generated"])
+def test_what_was_guessed_counts_as_said_not_as_asked(tmp_path: Path, when: Literal["prompt", "generated"]) -> None:
+    vector = torch.randn(tiny_engine("llama", tmp_path).sites.width, generator=torch.Generator().manual_seed(1))
+    steer = Steer(site="layers.1.resid", vector=vector * 3, when=when)
+    state = (Active(Adjustment(name="steer", method="test", ops=(steer,))),)
+    prompt = (5, 9, 17, 3)
+    plain = answer_under(tiny_engine("llama", tmp_path), state, prompt)
+    for right in range(1, len(plain[1]), 5):
+        draft = (*plain[1][:right], (plain[1][right] + 1) % 50)
+        assert answer_under(tiny_engine("llama", tmp_path), state, prompt, draft) == plain

@@ -138,7 +138,6 @@ def protected_view(answers: Sequence[ProtectedAnswer]) -> RenderableType:
         return Text("No answer is protected.")
     shown = table("id", "question", "answer", "came with")
     for each in answers:
-        question = next((turn.content for turn in reversed(each.messages) if turn.role == "user"), "")
-        with_change = "" if each.change is None else f"c{each.change}"
-        shown.add_row(Text(each.label, "bold"), Text(short(question, 36)), Text(short(each.answer, 36)), with_change)
+        question, answer = Text(short(each.question, 36)), Text(short(each.answer, 36))
+        shown.add_row(Text(each.label, "bold"), question, answer, "" if each.change is None else f"c{each.change}")
     return shown

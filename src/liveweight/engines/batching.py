@@ -226,7 +226,8 @@ class Batcher:
         piece = chunks(stream.generation.ids[stream.fed :])[0]
         logits = self._feed(stream, piece)
         self.prompt_tokens += len(piece)
-        return [] if stream.reads else [self._drawn(stream, logits)]
+        # The last token of all may be left over: it is read as one that was said is, in the next step.
+        return [] if stream.fed < len(stream.generation.ids) else [self._drawn(stream, logits)]
 
     def _packed(self, readers: Sequence[TokenStream]) -> list[TokenStream]:
         """The first one with those that fit into one pass with it; it alone where it has to be read alone.

@@ -61,6 +61,17 @@ class Turn(Record):
     content: str
 
 
+class Spoken(Record):
+    """What stands behind a chat. `messages` are the chat before it."""
+
+    messages: tuple[Turn, ...]
+
+    @property
+    def question(self) -> str:
+        """The last thing the person said."""
+        return next((turn.content for turn in reversed(self.messages) if turn.role == "user"), "")
+
+
 class KnownModel(Record):
     """A base checkpoint that this ledger has seen."""
 
@@ -71,8 +82,8 @@ class KnownModel(Record):
     created_at: datetime
 
 
-class Reply(Record):
-    """What a model answered. `messages` are the chat before it; `details` hold what else the engine said.
+class Reply(Spoken):
+    """What a model answered; `details` hold what else the engine said.
 
     `public_id` is how an API's clients know it, `chat` the conversation that it belongs to, `after` the reply that it
     went on from.
@@ -80,7 +91,6 @@ class Reply(Record):
 
     id: int
     model: str
-    messages: tuple[Turn, ...]
     text: str
     token_ids: tuple[int, ...]
     prompt_token_ids: tuple[int, ...]
@@ -177,12 +187,11 @@ class Intent(Record):
     closed_at: datetime | None
 
 
-class ProtectedAnswer(Record):
+class ProtectedAnswer(Spoken):
     """An answer that changes must leave as it is."""
 
     id: int
     model: str
-    messages: tuple[Turn, ...]
     answer: str
     token_ids: tuple[int, ...]
     feedback: int | None

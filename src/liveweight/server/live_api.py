@@ -217,8 +217,7 @@ def export(service: Served) -> StreamingResponse:
     def lines() -> Iterator[str]:
         for each in service.live.feedback():
             judged = service.live.ledger.reply(each.reply)
-            question = next((turn.content for turn in reversed(judged.messages) if turn.role == "user"), "")
-            told = {"prompt": question, "answer": judged.text}
+            told = {"prompt": judged.question, "answer": judged.text}
             told |= {"correction": each.wanted or ""} if each.verdict == "fix" else {"rating": each.verdict}
             told |= {"reason": each.reason} if each.reason else {}
             yield json.dumps(told, ensure_ascii=False) + "\n"

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-from liveweight.adjustments import Adjustment, op_from
+from liveweight.adjustments import Adjustment
 from liveweight.live_model import LiveModel
 from liveweight.server.jobs import JobContext
+from liveweight.server.live_models import ApplyRequest
 
 Request = dict[str, Any]
 Work = Callable[[JobContext, Request], dict[str, Any]]
@@ -63,10 +64,10 @@ def _learn(live: LiveModel, context: JobContext, request: Request) -> dict[str, 
 
 def _apply(live: LiveModel, context: JobContext, request: Request) -> dict[str, Any]:
     """An adjustment that was made elsewhere."""
-    given = {"method": "given", **request["adjustment"]}
-    adjustment = Adjustment(**given | {"ops": [op_from(op) for op in given["ops"]]})
-    options = {name: request.get(name, False) for name in ("preview", "force")}
-    return {"change": live.apply(adjustment, prompt=request.get("prompt"), **options).as_dict()}
+    asked = ApplyRequest.model_validate(request)
+    adjustment = Adjustment(**dict(asked.adjustment))
+    change = live.apply(adjustment, prompt=asked.prompt, preview=asked.preview, force=asked.force)
+    return {"change": change.as_dict()}
 
 
 def _guard(live: LiveModel, context: JobContext, request: Request) -> dict[str, Any]:
