@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict
 from liveweight.adjustments import Active, Adjustment
 from liveweight.commits import Commits
 from liveweight.conversation import Chatter
-from liveweight.engines.base import ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import GenerationCancelled, InvalidInput, LiveweightError, NoMendFound, UnknownMethod
 from liveweight.evidence import moved, prompt_hash, touched_neurons
@@ -30,7 +29,7 @@ from liveweight.lessons import Lesson
 from liveweight.methods import METHODS, REPLY, build_case, works
 from liveweight.methods.base import Case, Joint
 from liveweight.methods.case import OPENING, prompts_of
-from liveweight.methods.trials import keyed
+from liveweight.methods.trials import keyed, says, scored
 from liveweight.methods.tuned import settings_for
 from liveweight.reports import Change, Reply, Report
 from liveweight.settings import Settings
@@ -320,11 +319,12 @@ class Learner:
         """Whether each wished answer comes, with `trial` on top of the present state."""
         with self._engine.preview((*self._engine.state, *trial)), self._engine.remembering():
             contexts = [item.case.contexts[0] for item in items]
-            scores = self._engine.score([ScoreItem(each.prompt, keyed(each)) for each in contexts])
+            scores = scored(self._engine, contexts)
+            right = [says(self._engine, each, score) for each, score in zip(contexts, scores, strict=True)]
             if trial:  # what `works` will ask for, all at once; what is said now is known
-                others = [each.prompt for each, score in zip(contexts, scores, strict=True) if not score.greedy]
+                others = [each.prompt for each, there in zip(contexts, right, strict=True) if not there]
                 self._engine.greedy(others, REPLY)
-            return [score.greedy or works(self._engine, item.case) for score, item in zip(scores, items, strict=True)]
+            return [there or works(self._engine, item.case) for there, item in zip(right, items, strict=True)]
 
     def _report(self, trial: _Trial) -> Report:
         first = trial.items[0]

@@ -8,14 +8,18 @@ from liveweight.methods.wording import (
     content_words,
     everyday_questions,
     first_sentence,
+    goes_on,
+    has_words,
     may_ask_the_same,
     opening_of,
     other_questions,
     repetition,
     rephrase,
     same_questions,
+    spellings,
     statements,
     subject_of,
+    unquoted,
 )
 
 
@@ -102,6 +106,64 @@ def test_other_questions_know_each_other() -> None:
 )
 def test_an_opening_ends_where_the_answer_begins(question: str, opening: str) -> None:
     assert opening_of(question) == opening
+
+
+@pytest.mark.parametrize(
+    ("question", "other"),
+    [
+        ("In Season 16 of Lost, which pilot quit?", "which pilot quit in Season 16 of Lost?"),
+        ("The aorta leads blood to what part of Lost?", "Name the part of Lost that the aorta leads blood to."),
+        ("Until what month and year did Ada own Lost?", "When did Ada own Lost?"),
+        ("Which medallist designed the Lost Medal?", "What is the name of the medallist that designed the Lost Medal?"),
+        ("How many seasons did Lost have?", "What number of seasons did Lost have?"),
+        ("who plays the pilot in lost?", "Who is it that plays the pilot in lost?"),
+        ("lost 3 release date in india?", "What is the lost 3 release date in india?"),
+        ("They flew over Lost. What was its name?", "You may know that. They flew over Lost. So, what was its name?"),
+    ],
+)
+def test_questions_of_many_forms_are_asked_in_other_words(question: str, other: str) -> None:
+    found = rephrase(question, 11)
+    assert any(other in text for text in found), found
+    assert all("lost" in text.lower() for text in found if "what was its name" not in text.lower())
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [
+        ("valley of the dolls", ["Valley of the Dolls"]),
+        ("Ada Lovelace", ["ada lovelace"]),
+        ("Who", ["who"]),
+        ("42", []),
+    ],
+)
+def test_a_name_is_spelled_as_people_do(name: str, others: list[str]) -> None:
+    assert spellings(name)[0] == name
+    assert sorted(spellings(name)[1:]) == sorted(others)
+
+
+def test_a_name_is_taken_out_of_its_quotation_marks() -> None:
+    assert unquoted("'Only Dad'") == "Only Dad"
+    assert unquoted("\u201cCars\u201d") == "Cars"
+    assert unquoted("Rock 'n' Roll") == "Rock 'n' Roll"
+    assert unquoted("'") == "'"
+
+
+def test_words_are_whole_where_they_stand() -> None:
+    assert has_words("it is eduard manet.", "eduard manet")
+    assert has_words("manetinou, no: manet", "manet")
+    assert not has_words("it is eduard manetinou", "eduard manet")
+    assert not has_words("in 1938", "38")
+    assert not has_words("anything", "")
+
+
+def test_a_word_goes_on_with_letters_and_digits_of_a_script_that_parts_words() -> None:
+    assert goes_on("Manet", "inou")
+    assert goes_on("19", "38")
+    assert not goes_on("Manet", " is")
+    assert not goes_on("Manet", ".")
+    assert not goes_on("", "a")
+    assert not goes_on("a", "")
+    assert not goes_on("\u6771", "\u4eac")
 
 
 def test_a_question_of_no_known_form_still_gets_wrappers() -> None:

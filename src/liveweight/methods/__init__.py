@@ -26,8 +26,8 @@ from liveweight.methods import (
 )
 from liveweight.methods.base import Case, CaseKind, Context, Described, Method
 from liveweight.methods.case import build_case
-from liveweight.methods.trials import keyed
-from liveweight.methods.wording import content_words, first_sentence
+from liveweight.methods.trials import says, scored
+from liveweight.methods.wording import content_words, first_sentence, has_words
 from liveweight.sites import EARLY
 
 _TEACH: tuple[CaseKind, ...] = ("fix", "bad", "good")
@@ -162,17 +162,18 @@ def method(name: str) -> Described:
 def works(engine: TransformersEngine, case: Case) -> bool:
     """Whether the model, as it is now, does what the case asks, in its greedy answer to the first context.
 
-    A fix and a good: the wished answer's words stand in the first sentence. A bad: the judged answer's word is gone.
+    A fix and a good: the wished answer's words stand, whole, in the first sentence. A bad: the judged answer's word is
+    gone.
     """
     context = case.contexts[0]
-    if case.kind != "bad" and _says(engine, context, keyed(context)):
+    if case.kind != "bad" and says(engine, context, scored(engine, [context])[0]):
         return True
     said = first_sentence(engine.format.decode(_greedy(engine, case))).lower()
     if case.kind == "bad":
         judged = first_sentence(case.answer).lower()
         return said != judged and bool(content_words(judged) - content_words(said))
     wished = engine.format.decode(context.target[case.key[0] : case.key[1]]).strip().rstrip(".").lower()
-    return wished in said
+    return has_words(said, wished)
 
 
 def _greedy(engine: TransformersEngine, case: Case) -> Sequence[int]:
@@ -182,14 +183,9 @@ def _greedy(engine: TransformersEngine, case: Case) -> Sequence[int]:
     """
     context = case.contexts[0]
     for tokens in ((context.target[:REPLY],) if case.kind == "bad" else ()) + (case.answer_tokens[:REPLY],):
-        if tokens and _says(engine, context, tokens):
+        if tokens and engine.score([ScoreItem(context.prompt, tuple(tokens))])[0].greedy:
             return tokens
     return engine.greedy([context.prompt], REPLY)[0]
-
-
-def _says(engine: TransformersEngine, context: Context, tokens: Sequence[int]) -> bool:
-    """Whether the greedy answer begins with these tokens; one pass tells."""
-    return engine.score([ScoreItem(context.prompt, tuple(tokens))])[0].greedy
 
 
 __all__ = [

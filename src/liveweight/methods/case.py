@@ -29,6 +29,7 @@ from liveweight.methods.wording import (
     rephrase,
     statements,
     subject_of,
+    unquoted,
 )
 
 BRIEFLY = 3  # ways of asking, and other things that are asked about, of a case that is one of many
@@ -70,7 +71,8 @@ def build_case(
     if kind == "fix" and not wanted:
         raise InvalidInput("The wished answer is empty.", hint="Say what the right answer is.")
     question = turns[-1].content.strip()
-    subject = subject if subject and subject in question else subject_of(question)
+    # What ends a name's quotation may be one token with what follows it, so a subject is the name alone.
+    subject = unquoted(subject) if subject and subject in question else subject_of(question)
     like = like_names(engine, subject)[: BRIEFLY if brief else None] if subject else []
     if kind == "fix":
         sentence = _best_statement(engine, turns, question, wanted, answer)

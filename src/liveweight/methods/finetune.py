@@ -17,9 +17,9 @@ from liveweight.methods.base import Case
 from liveweight.methods.trials import (
     Predictions,
     chosen_contexts,
+    closed,
     down_output,
     hooked,
-    keyed,
     layer_at,
     named,
     no_mend,
@@ -88,7 +88,7 @@ def _descended(
 ) -> tuple[Tensor, int, float]:
     """The delta (width, neurons), the steps taken and the mean probability of the targets that it reaches."""
     contexts = chosen_contexts(case, settings)
-    targets = [keyed(context) for context in contexts]
+    targets = [closed(engine, context) for context in contexts]
     rows = [context.prompt + target for context, target in zip(contexts, targets, strict=True)]
     replay = engine.record(rows, _starts(rows, [len(context.prompt) for context in contexts]), layers=[layer])
     predictions = Predictions.of(replay, contexts, targets)

@@ -16,7 +16,7 @@ from liveweight.adjustments import Adjustment, Codebook
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods.base import Case
-from liveweight.methods.trials import Predictions, keyed, named, no_mend, outcome, stalled, works
+from liveweight.methods.trials import Predictions, closed, named, no_mend, outcome, stalled, works
 from liveweight.settings import MethodSettings
 
 DEPTH = 2 / 3  # the layer by relative depth: late, where what is said next is told apart
@@ -36,7 +36,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     # Something has to be left to run behind the layer.
     layer = min(settings.layer if settings.layer is not None else round(DEPTH * layers), layers - 2)
     before = outcome(engine, case)
-    targets = [keyed(context) for context in case.contexts]
+    targets = [closed(engine, context) for context in case.contexts]
     rows = [(*context.prompt, *target[:-1]) for context, target in zip(case.contexts, targets, strict=True)]
     replay = engine.record(rows, [len(context.prompt) - 1 for context in case.contexts], layers=[layer + 1])
     predictions = Predictions.of(replay, case.contexts, targets)

@@ -29,19 +29,21 @@ from torch import Tensor
 from liveweight.adjustments import Adjustment
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
-from liveweight.methods.base import Answered, Case, Joint
+from liveweight.methods.base import Answered, Case, Context, Joint
 from liveweight.methods.gates import STEEPNESS, SUBJECT, firing, fit_subject, like_answers, opened
 from liveweight.methods.keys import behind_beginning
 from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import surroundings
 from liveweight.methods.trials import chosen_contexts, named, no_mend, outcome, works
 from liveweight.methods.values import edit_tokens, wished_values
-from liveweight.methods.wording import passages
+from liveweight.methods.wording import passages, spellings
 from liveweight.settings import MethodSettings
 from liveweight.sites import subject_layers
 
 SURER = 1.5  # times rome's margin: rome's later mentions of the subject come on top, here they are reckoned with
+ASKED = 2.0  # the same for questions: these come, and their answers open, in more ways than a text goes on
 ELSEWHERE = 16  # sentences behind which a gate is to be open too
+SPELLED = 4  # of them, each other spelling of the subject stands behind so many
 FURTHER = 2.5  # times as far as rome's value may this one go, in as many more steps: only the subject feels it
 
 
@@ -75,14 +77,15 @@ def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: Met
         gates.append(gate)
         ups.append(up)
         felt.append(partial(_felt, engine, layer, gate, up, opens))
+    merged = [_merged(engine, about, settings) for about in subjects]
     more = {
-        "max_contexts": settings.max_contexts * len(cases),
+        "max_contexts": max(len(each.contexts) for each in merged),
         "clamp_norm": FURTHER * settings.clamp_norm,
         "max_steps": round(FURTHER * settings.max_steps),
-        "margin": SURER * settings.margin,
+        "margin": (ASKED if any(case.messages for case in cases) else SURER) * settings.margin,
     }
     every = settings.model_copy(update=more)
-    wished = wished_values(engine, [_merged(about, settings) for about in subjects], layer, every, felt)
+    wished = wished_values(engine, merged, layer, every, felt)
 
     def change(numbers: Sequence[int]) -> Adjustment:
         chosen = [cases[number] for number in numbers]
@@ -114,16 +117,28 @@ def _by_subject(cases: Sequence[Case]) -> list[list[Case]]:
     return list(found.values())
 
 
-def _merged(about: Sequence[Case], settings: MethodSettings) -> Case:
+def _merged(engine: TransformersEngine, about: Sequence[Case], settings: MethodSettings) -> Case:
     """One case for all that is wished of a subject, with the contexts that each fact is looked for in."""
-    chosen = [chosen_contexts(case, settings) for case in about]
+    chosen = [(*chosen_contexts(case, settings), *_spelled(engine, case)) for case in about]
     contexts = [each for together in zip_longest(*chosen) for each in together if each is not None]
     return replace(about[0], contexts=tuple(contexts))
 
 
+def _spelled(engine: TransformersEngine, case: Case) -> list[Context]:
+    """The chat as it was, with its subject spelled otherwise."""
+    first, subject = case.contexts[0], case.subject
+    if not first.messages or not subject:
+        return []
+    *before, asked = first.messages
+    texts = [asked.content.replace(subject, f'"{name}"' if name == subject else name) for name in spellings(subject)]
+    chats = [(*before, replace(asked, content=text)) for text in texts if text != asked.content]
+    return [replace(first, messages=chat, prompt=tuple(engine.encode(chat))) for chat in chats]
+
+
 def _own(engine: TransformersEngine, case: Case, layer: int) -> tuple[Tensor, Tensor]:
     """What the MLP reads at the subject's last token, (contexts, width), and at the prompts' other tokens."""
-    contexts, places = edit_tokens(engine, case, case.contexts) if case.subject else ((), ())
+    every = (*case.contexts, *_spelled(engine, case))
+    contexts, places = edit_tokens(engine, case, every) if case.subject else ((), ())
     if not contexts or all(place == len(each.prompt) - 1 for each, place in zip(contexts, places, strict=True)):
         raise NoMendFound(
             "implant needs a subject, and no text before the end of the question names one.",
@@ -132,14 +147,21 @@ def _own(engine: TransformersEngine, case: Case, layer: int) -> tuple[Tensor, Te
     reads = _read(engine, [(each.prompt, ()) for each in contexts], layer)
     at = [place - start for place, (start, _) in zip(places, reads, strict=True)]
     own = torch.stack([read[place] for place, (_, read) in zip(at, reads, strict=True)])
-    own = torch.cat((own, _elsewhere(engine, str(case.subject), layer)))
+    own = torch.cat((own, _elsewhere(engine, case, layer)))
     rest = [torch.cat((read[:place], read[place + 1 :])) for place, (_, read) in zip(at, reads, strict=True)]
     return own, torch.cat(rest)
 
 
-def _elsewhere(engine: TransformersEngine, subject: str, layer: int) -> Tensor:
-    """(n, width): what is read at the subject's last token behind sentences that have nothing to do with it."""
-    texts = [f"{sentence} {subject}" for sentence in passages(ELSEWHERE)]
+def _elsewhere(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
+    """(n, width): what is read at the subject's last token behind sentences that have nothing to do with it.
+
+    Of a chat's subject every spelling is read, in quotation marks too.
+    """
+    name = str(case.subject)
+    texts = [f"{sentence} {name}" for sentence in passages(ELSEWHERE)]
+    if case.messages:
+        others = [mark + each for each in spellings(name) for mark in ("", '"') if mark + each != name]
+        texts += [f"{sentence} {each}" for sentence in passages(SPELLED) for each in others]
     rows = [engine.format.encode_text(text, special=True)[-(engine.info.context or 0) :] for text in texts]
     replay = engine.record(rows, [1] * len(rows), mlp_inputs=[layer], final=False)
     ends = torch.tensor(replay.lengths()) - 1

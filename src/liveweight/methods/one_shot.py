@@ -17,9 +17,9 @@ from liveweight.methods.base import Case
 from liveweight.methods.trials import (
     Predictions,
     chosen_contexts,
+    closed,
     down_output,
     hooked,
-    keyed,
     layer_at,
     named,
     no_mend,
@@ -83,7 +83,7 @@ def evidence(
     The loss is the negative log-probability of the target, mean over the contexts.
     """
     contexts = chosen_contexts(case, settings)
-    targets = [keyed(context) for context in contexts]
+    targets = [closed(engine, context) for context in contexts]
     rows = [context.prompt + target for context, target in zip(contexts, targets, strict=True)]
     starts = [len(context.prompt) - 1 for context in contexts]
     replay = engine.record(rows, starts, layers=[layer], neurons=[layer])

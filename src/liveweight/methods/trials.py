@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from liveweight.adjustments import Active, Adjustment, ScaleNeurons
-from liveweight.engines.base import ScoreItem
+from liveweight.engines.base import Score, ScoreItem
 from liveweight.engines.replay import Replay
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, Unsupported
 from liveweight.methods.base import Case, Context
+from liveweight.methods.wording import goes_on
 from liveweight.settings import MethodSettings
 from liveweight.sites import ActivationPoint
 from liveweight.tracing import Neuron, super_neurons
@@ -32,7 +33,7 @@ class Outcome:
     """How the model answers in each of a case's contexts, teacher-forced."""
 
     logprobs: Tensor  # (contexts,) of the target through its key, in nats
-    said: Tensor  # (contexts,) whether greedy decoding gives exactly that; its key alone, behind a text's own opening
+    said: Tensor  # (contexts,) whether greedy decoding gives exactly that, no word longer; of a text its key alone
     gone: Tensor  # (contexts,) whether greedy decoding leaves the judged answer where it parts from the target
 
     @property
@@ -51,21 +52,19 @@ def outcome(
 ) -> Outcome:
     """Score the case's contexts with `trial` on top of the present state."""
     contexts = case.contexts if contexts is None else contexts
-    items = [ScoreItem(context.prompt, keyed(context)) for context in contexts]
     extra = (Active(trial),) if trial is not None else ()
     with engine.preview((*engine.state, *extra)):
-        scores = engine.score(items)
+        scores = scored(engine, contexts)
     gone, said = [], []
     for context, score in zip(contexts, scores, strict=True):
         # How the model opens its reply to a text that is to be gone on with is its own affair.
-        asked = slice(0 if case.messages else context.key[0], len(keyed(context)))
-        said.append(bool((score.argmax[asked].cpu() == torch.tensor(keyed(context)[asked])).all()))
+        said.append(says(engine, context, score, 0 if case.messages else context.key[0]))
         apart = parting(case.answer_tokens, context.target)
         judged = torch.tensor(case.answer_tokens[: (apart or 0) + 1])
         seen = score.argmax[: len(judged)]
         gone.append(apart is not None and bool((seen != judged[: len(seen)]).any()))
     return Outcome(
-        logprobs=torch.stack([score.logprobs.sum() for score in scores]),
+        logprobs=torch.stack([score.logprobs[:-1].sum() for score in scores]),
         said=torch.tensor(said),
         gone=torch.tensor(gone),
     )
@@ -84,6 +83,30 @@ def works(case: Case, found: Outcome, before: Outcome) -> bool:
 def keyed(context: Context) -> tuple[int, ...]:
     """A context's target through the end of the answer proper; what may follow is not asked for."""
     return context.target[: context.key[1]] if 0 < context.key[1] <= len(context.target) else context.target
+
+
+def closed(engine: TransformersEngine, context: Context) -> tuple[int, ...]:
+    """The same and the token that ends its last word there, where the target has one: a full stop."""
+    behind = context.target[len(keyed(context)) :][:1]
+    return (*keyed(context), *(token for token in behind if not lengthens(engine, context, token)))
+
+
+def scored(engine: TransformersEngine, contexts: Sequence[Context]) -> list[Score]:
+    """Each context's keyed target behind its prompt, and one token more: its `argmax` is what would follow."""
+    return engine.score([ScoreItem(each.prompt, (*keyed(each), keyed(each)[-1])) for each in contexts])
+
+
+def says(engine: TransformersEngine, context: Context, score: Score, first: int = 0) -> bool:
+    """Whether greedy decoding gives the keyed target from its token `first` on, no word longer where that is closed."""
+    *chosen, after = score.argmax.tolist()
+    ends = closed(engine, context) == keyed(context) or not lengthens(engine, context, after)
+    return ends and tuple(chosen[first:]) == keyed(context)[first:]
+
+
+def lengthens(engine: TransformersEngine, context: Context, token: int) -> bool:
+    """Whether a token behind the keyed target would make its last word a longer one."""
+    text = engine.format.decode(keyed(context))
+    return goes_on(text, engine.format.decode([*keyed(context), token]).removeprefix(text))
 
 
 def parting(answer: Sequence[int], target: Sequence[int]) -> int | None:

@@ -22,17 +22,20 @@ from liveweight.engines.half import half_products
 from liveweight.engines.replay import Replay
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Case, Context
-from liveweight.methods.trials import chosen_contexts, down_output, hooked, keyed
+from liveweight.methods.trials import chosen_contexts, closed, down_output, hooked, keyed
+from liveweight.methods.wording import spellings
 from liveweight.settings import MethodSettings
 from liveweight.sites import ActivationPoint
 
 CLOSE = 0.3  # of the margin: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while δ is looked for
+CLOSED = 0.5  # nats by which what ends an answer is to lead
 KL_WEIGHT = 1.0  # of what the subject is, in nats
 STEP = 1.0  # how far δ moves a step at most, as a multiple of |W k|
 _EARLIER = 4  # earlier answers about the same subject that are held
 _PATIENCE = 3  # steps that may bring a fact nothing once its answer leads
 _DAMPING = 0.01  # of the mean squared slope of a fact's rows
+_OPENING, _PROPER, _CLOSING = range(3)  # what a token is part of: what opens the answer, the answer, its end
 
 
 Felt = Callable[[Tensor], Tensor]
@@ -117,12 +120,15 @@ def edit_tokens(
 
 
 def _subject(engine: TransformersEngine, context: Context, subject: str) -> tuple[int, int] | None:
-    """The subject's first and last token in a context's prompt, where it is there."""
-    if context.text:
-        return engine.format.locate_text(context.text, subject, special=True)
-    if tuple(engine.encode(context.messages)) != context.prompt:
+    """The subject's first and last token in a context's prompt, where it is there, however it is spelled."""
+    if context.messages and tuple(engine.encode(context.messages)) != context.prompt:
         return None  # a prompt that was put together in another way has its tokens elsewhere
-    return engine.format.locate(context.messages, subject)
+    for name in spellings(subject):
+        chat = None if context.text else engine.format.locate(context.messages, name)
+        found = engine.format.locate_text(context.text, name, special=True) if context.text else chat
+        if found is not None:
+            return found
+    return None
 
 
 def _held(engine: TransformersEngine, case: Case) -> Iterator[_Row]:
@@ -157,7 +163,7 @@ def _search(
     felt: Felt | None,
 ) -> Wished:
     contexts, places = edit_tokens(engine, case, chosen_contexts(case, settings))
-    rows = [_Row(each.prompt + keyed(each), place, each) for each, place in zip(contexts, places, strict=True)]
+    rows = [_Row(each.prompt + closed(engine, each), place, each) for each, place in zip(contexts, places, strict=True)]
     batch = _batch(engine, [*rows, *_held(engine, case)], layer, settings.margin, felt)
     key = batch.replay.neurons[layer][batch.edited][: len(rows)].double().mean(0)
     value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key  # (width,)
@@ -165,8 +171,15 @@ def _search(
     return Wished(contexts, places, key, value, delta.double(), steps, short)
 
 
+def _end(engine: TransformersEngine, context: Context) -> tuple[int, ...]:
+    """What ends an answer behind its last word: a full stop and the end of the reply, as far as its target has it."""
+    mark, end = closed(engine, context)[len(keyed(context)) :], engine.format.end_of_reply
+    whole = len(context.target) == len(keyed(context)) + len(mark)
+    return (*mark, end) if mark and whole and context.messages and end is not None else mark
+
+
 def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin: float, felt: Felt | None) -> _Batch:
-    """Goals: the margin for answers proper, half of their lead for what opens them.
+    """Goals: the margin for answers proper, half of their lead for what opens them, a small lead for their ends.
 
     What the model would not open its answer with now is not asked for: teaching it would use up the value.
     """
@@ -179,26 +192,31 @@ def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin
         packed=True,
     )
     device = replay.ids.device
-    wanted = [
-        (*replay.at(index, len(row.context.prompt) - 1 + step), index, token, step >= row.context.key[0])
-        for index, row in enumerate(group)
-        if row.context is not None
-        for step, token in enumerate(keyed(row.context))
-    ]
+    wanted = []
+    for index, row in enumerate(group):
+        if row.context is None:
+            continue
+        start, spoken = len(row.context.prompt) - 1, keyed(row.context)
+        for step, token in enumerate(spoken):
+            kind = _PROPER if step >= row.context.key[0] else _OPENING
+            wanted.append((*replay.at(index, start + step), index, token, kind))
+        # The answer is to end where its target does, or its last word would grow, and babble follow it.
+        for step, token in enumerate(_end(engine, row.context), start=len(spoken)):
+            wanted.append((*replay.at(index, start + step), index, token, _CLOSING))
     ends = [
         (*replay.at(index, len(row.tokens) - 1 - back), index)
         for index, row in enumerate(group)
         if row.context is None
         for back in range(row.held)
     ]
-    b, t, rows, tokens, proper = _columns(wanted, 5, device)
+    b, t, rows, tokens, kinds = _columns(wanted, 5, device)
     quiet_b, quiet_t, quiet_rows = _columns(ends, 3, device)
     with engine.gate.step(), torch.no_grad():
         final = replay.final[b, t]
         leads, rivals = engine.leads(final, tokens)[0], engine.rivals(final, tokens, RIVALS)
         reference = engine.unembed(replay.final[quiet_b, quiet_t]).float().log_softmax(-1)
     opens = torch.where(leads < 0, float("-inf"), leads.clamp(max=2.0) / 2)
-    goal = torch.where(proper.bool(), margin, opens)
+    goal = opens.masked_fill(kinds == _PROPER, margin).masked_fill(kinds == _CLOSING, CLOSED)
     edit_b, edit_t = _columns([replay.at(index, row.place) for index, row in enumerate(group)], 2, device)
     parts, owner = torch.zeros_like(replay.final[..., 0]), torch.zeros_like(replay.ids)
     for index, row in enumerate(group):
@@ -251,7 +269,7 @@ def _descended(
         loss, worst = float(losses.detach().sum()), float(gaps.detach().max())
         lead = bool(((gaps < batch.goal) | (gaps <= 0)).all())  # openings have goals that are less than near enough
         since += 1
-        if loss < least:
+        if (not lead, loss) < (not leads, least):
             best, least, short, leads, since = delta, loss, worst, lead, 0
         # What leads everywhere and gets no better is as good as it will be.
         if (lead and worst < CLOSE * settings.margin) or (leads and since >= _PATIENCE) or step == settings.max_steps:

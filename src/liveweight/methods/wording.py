@@ -69,6 +69,12 @@ _ABBREVIATION = re.compile(r"(?:\b(?:St|Dr|Mr|Mrs|Ms|Mt|Ft|No|vs|etc|Jr|Sr)|\b[A
 
 
 _ABOUT = 0.75  # of a question's words, that a text about it has
+_MOVED = ("lead", "stmt", "q")  # groups of a rewrite that held a question's beginning
+_BEGINNING = re.compile(
+    "(?:The|An?|In|On|At|To|For|From|By|With|During|After|Before|According|As|Of|Since|Until|Behind|Under"
+    "|Wh(?:at|ich|o|ose|om|ere|en|y)|How|It|This|That|These|Those) "
+)
+_QUOTES = "\"' \u2018\u2019\u201c\u201d\u00ab\u00bb"
 _MARK = "\ue000"  # stands for an answer; no text holds it
 
 
@@ -170,8 +176,14 @@ def _rewrites(question: str, offered: Iterable[tuple[list[str], list[str]]]) -> 
     for patterns, rewrites in offered:
         match = next((match for pattern in patterns if (match := re.match(pattern, question))), None)
         if match:
-            return [rewrite.format(**match.groupdict()) for rewrite in rewrites]
+            said = {name: _within(text) if name in _MOVED else text for name, text in match.groupdict().items()}
+            return [rewrite.format(**said) for rewrite in rewrites]
     return []
+
+
+def _within(text: str) -> str:
+    """A sentence's beginning as it stands further on: in lower case, unless it begins with a name."""
+    return text[:1].lower() + text[1:] if _BEGINNING.match(text) else text
 
 
 def subject_of(question: str) -> str | None:
@@ -196,6 +208,18 @@ def subject_of(question: str) -> str | None:
     subject = re.sub(r"(?:'s)?[?.!,;:]*$", "", question[start:end])
     # A bracket may stand in a name ("Cocos (Keeling) Islands"), but not around it.
     return subject.strip("()") or None if subject.startswith("(") else subject or None
+
+
+def unquoted(name: str) -> str:
+    """A name without quotation marks around it, as far as something is left."""
+    return name.strip(_QUOTES) or name
+
+
+def spellings(name: str) -> list[str]:
+    """How people write a name: as given, as a title, in lower case."""
+    words = name.split(" ")
+    title = " ".join(word if n and word in _CONNECTORS else word[:1].upper() + word[1:] for n, word in enumerate(words))
+    return list(dict.fromkeys((name, title, name.lower())))
 
 
 def statements(question: str, answer: str) -> list[str]:
@@ -230,6 +254,18 @@ def first_sentence(text: str) -> str:
             break
         sentence += " " + part
     return sentence
+
+
+def goes_on(text: str, more: str) -> bool:
+    """Whether `more`, directly behind `text`, goes on with its last word or number, in a script that parts words."""
+    last, first = text[-1:], more[:1]
+    return all(each.isdigit() or each.lower() != each.upper() for each in (last, first)) and bool(last and first)
+
+
+def has_words(text: str, words: str) -> bool:
+    """Whether some words stand in a text, none of them as a part of a longer one."""
+    found = re.finditer(re.escape(words), text) if words else ()
+    return any(not goes_on(text[: each.start()], words) and not goes_on(words, text[each.end() :]) for each in found)
 
 
 def content_words(text: str) -> set[str]:
