@@ -11,6 +11,7 @@ from liveweight.engines.base import Score
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Context
 from liveweight.methods.trials import closed, keyed, lengthens, says, scored
+from liveweight.methods.values import answer_end
 from tests.methods.tiny_cases import tiny_case
 from tests.tracing.tiny_engines import tiny_engine
 
@@ -50,3 +51,13 @@ def test_what_is_said_has_to_end_where_the_answer_does(engine: TransformersEngin
     assert not says(engine, context, read(score, b, b, stop))
     assert says(engine, context, read(score, b, b, stop), first=1)
     assert says(engine, replace(context, target=(a, b)), read(score, a, b, b))  # nothing says where it ends
+
+
+def test_a_value_is_looked_for_through_the_end_of_the_reply_where_the_target_ends(engine: TransformersEngine) -> None:
+    end = engine.format.end_of_reply = 2  # as a model with a template has one
+    whole = spoken(engine, "ab.", (0, 2))
+    stop = whole.target[2]
+    assert answer_end(engine, whole) == (stop, end)
+    assert answer_end(engine, spoken(engine, "ab. b", (0, 2))) == (stop,)  # more is to come
+    assert answer_end(engine, spoken(engine, "ab", (0, 2))) == ()
+    assert answer_end(engine, replace(whole, messages=(), text="zed")) == (stop,)  # a text has no turn to end

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -121,14 +122,12 @@ def edit_tokens(
 
 def _subject(engine: TransformersEngine, context: Context, subject: str) -> tuple[int, int] | None:
     """The subject's first and last token in a context's prompt, where it is there, however it is spelled."""
-    if context.messages and tuple(engine.encode(context.messages)) != context.prompt:
+    locate = partial(engine.format.locate, context.messages)
+    if context.text:
+        locate = partial(engine.format.locate_text, context.text, special=True)
+    elif tuple(engine.encode(context.messages)) != context.prompt:
         return None  # a prompt that was put together in another way has its tokens elsewhere
-    for name in spellings(subject):
-        chat = None if context.text else engine.format.locate(context.messages, name)
-        found = engine.format.locate_text(context.text, name, special=True) if context.text else chat
-        if found is not None:
-            return found
-    return None
+    return next((span for name in spellings(subject) if (span := locate(name)) is not None), None)
 
 
 def _held(engine: TransformersEngine, case: Case) -> Iterator[_Row]:
@@ -171,7 +170,7 @@ def _search(
     return Wished(contexts, places, key, value, delta.double(), steps, short)
 
 
-def _end(engine: TransformersEngine, context: Context) -> tuple[int, ...]:
+def answer_end(engine: TransformersEngine, context: Context) -> tuple[int, ...]:
     """What ends an answer behind its last word: a full stop and the end of the reply, as far as its target has it."""
     mark, end = closed(engine, context)[len(keyed(context)) :], engine.format.end_of_reply
     whole = len(context.target) == len(keyed(context)) + len(mark)
@@ -201,7 +200,7 @@ def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin
             kind = _PROPER if step >= row.context.key[0] else _OPENING
             wanted.append((*replay.at(index, start + step), index, token, kind))
         # The answer is to end where its target does, or its last word would grow, and babble follow it.
-        for step, token in enumerate(_end(engine, row.context), start=len(spoken)):
+        for step, token in enumerate(answer_end(engine, row.context), start=len(spoken)):
             wanted.append((*replay.at(index, start + step), index, token, _CLOSING))
     ends = [
         (*replay.at(index, len(row.tokens) - 1 - back), index)
@@ -269,7 +268,7 @@ def _descended(
         loss, worst = float(losses.detach().sum()), float(gaps.detach().max())
         lead = bool(((gaps < batch.goal) | (gaps <= 0)).all())  # openings have goals that are less than near enough
         since += 1
-        if (not lead, loss) < (not leads, least):
+        if (not lead, loss) < (not leads, least):  # one that leads everywhere, though it loses more by the margin
             best, least, short, leads, since = delta, loss, worst, lead, 0
         # What leads everywhere and gets no better is as good as it will be.
         if (lead and worst < CLOSE * settings.margin) or (leads and since >= _PATIENCE) or step == settings.max_steps:

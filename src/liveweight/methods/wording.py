@@ -258,8 +258,7 @@ def first_sentence(text: str) -> str:
 
 def goes_on(text: str, more: str) -> bool:
     """Whether `more`, directly behind `text`, goes on with its last word or number, in a script that parts words."""
-    last, first = text[-1:], more[:1]
-    return all(each.isdigit() or each.lower() != each.upper() for each in (last, first)) and bool(last and first)
+    return all(each.isdigit() or each.lower() != each.upper() for each in (text[-1:], more[:1]))
 
 
 def has_words(text: str, words: str) -> bool:
