@@ -90,6 +90,12 @@ class MethodSettings(_Group):
     max_contexts: int = Field(
         default=7, ge=1, description="The most contexts of a question that a method optimises on."
     )
+    held: int = Field(
+        default=3,
+        ge=0,
+        description="Other questions about a subject whose answers rome, implant, memit and alphaedit hold; "
+        "the fewer, the more wordings of the question are reached.",
+    )
     max_neurons: int = Field(default=256, ge=1, description="The most neurons that select, scale and gain may change.")
     slopes: bool = Field(
         default=False, description="Whether gain may move slopes too, which cannot be folded into weights."

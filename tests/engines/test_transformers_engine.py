@@ -156,6 +156,31 @@ def test_a_preview_leaves_bytes_state_and_version(engine: TransformersEngine) ->
     assert engine.version == version
 
 
+def test_a_preview_within_a_preview_goes_back_to_the_outer_one(engine: TransformersEngine) -> None:
+    base, outer, inner = engine.fingerprints(), (loud(engine),), (loud(engine), loud(engine, 0))
+    with engine.preview(outer):
+        there = engine.fingerprints()
+        with engine.preview(inner):
+            assert engine.state == inner
+            assert engine.fingerprints() not in (base, there)
+        with engine.preview(()):
+            assert engine.state == ()
+            assert engine.fingerprints() == base
+        assert engine.state == outer
+        assert engine.fingerprints() == there
+    assert engine.state == ()
+    assert engine.fingerprints() == base
+
+
+def test_only_the_thread_that_previews_sees_the_previewed_state(engine: TransformersEngine) -> None:
+    seen: list[object] = []
+    with engine.preview((loud(engine),)):
+        other = threading.Thread(target=lambda: seen.append(engine.state))
+        other.start()
+        other.join()
+    assert seen == [()]
+
+
 def test_scores_equal_a_plain_forward_pass(engine: TransformersEngine) -> None:
     items = [ScoreItem((5, 9, 17), (3, 11, 8)), ScoreItem((4, 4), (9,)), ScoreItem(tuple(PROMPT), (2, 6))]
     for item, score in zip(items, engine.score(items), strict=True):

@@ -134,6 +134,12 @@ def test_questions_of_many_forms_are_asked_in_other_words(question: str, other: 
         ("Ada Lovelace", ["ada lovelace"]),
         ("Who", ["who"]),
         ("42", []),
+        ("nasa", ["Nasa", "NASA"]),
+        ("Paris, Texas", ["Paris", "paris, texas"]),
+        (
+            "Whisky, honey, oatmeal cream and egg",
+            ["Whisky, Honey, Oatmeal Cream and Egg", "whisky, honey, oatmeal cream and egg"],
+        ),
     ],
 )
 def test_a_name_is_spelled_as_people_do(name: str, others: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,7 @@ class TransformersEngine:
         self.weights = WeightState(self.sites)
         self.activations = ActivationState(self.sites)
         self._state: State = ()
+        self._previewed: tuple[int, State] | None = None  # the thread that previews, and what
         self._trees: dict[str, PrefixTree] | None = None  # state -> what was run under it, while remembering
         self._said: dict[tuple[str, tuple[int, ...]], list[int]] = {}  # state, prompt -> its greedy answer, likewise
         self._info = self._describe()
@@ -85,8 +87,9 @@ class TransformersEngine:
 
     @property
     def state(self) -> State:
-        """The state that the model is in."""
-        return self._state
+        """The state that the model is in; inside a preview, to the thread that previews, the one that is previewed."""
+        previewed = self._previewed
+        return previewed[1] if previewed is not None and previewed[0] == get_ident() else self._state
 
     def become(self, state: State) -> Version:
         """Make the model be `state`: between two steps, all or nothing. Raises as WeightState.become does."""
@@ -99,13 +102,19 @@ class TransformersEngine:
 
     @contextmanager
     def preview(self, state: State) -> Iterator[None]:
-        """Be `state` inside the block; no other step runs meanwhile, and the version does not change."""
+        """Be `state` inside the block; no other step runs meanwhile, and the version does not change.
+
+        A preview within a preview goes back to the outer one.
+        """
         with self.gate.step():
+            outer = self._previewed
             try:
                 self._move(state)
+                self._previewed = get_ident(), state
                 yield
             finally:
-                self._move(self._state)
+                self._previewed = outer
+                self._move(self.state)
 
     def check(self, state: State) -> None:
         """Raises as `become` would where an op does not fit this model, touching nothing."""

@@ -92,7 +92,7 @@ def build_case(
     if kind != "good":
         contexts = _as_opened(engine, contexts, answer, piece, like)
     if kind == "bad":
-        contexts = tuple(_ended(engine, context) for context in contexts)
+        contexts = tuple(ended(engine, context) for context in contexts)
     return Case(
         kind=kind,
         messages=turns,
@@ -115,7 +115,7 @@ def chat_context(engine: TransformersEngine, messages: Sequence[Message], senten
     return Context(tuple(messages), tuple(prompt), tuple(target), key)
 
 
-def _ended(engine: TransformersEngine, context: Context) -> Context:
+def ended(engine: TransformersEngine, context: Context) -> Context:
     """The context with the reply's end behind its sentence: more said of what the model made up is more made up."""
     end = engine.format.end_of_reply
     whole = engine.format.decode(context.target).endswith((".", "!", "?"))
@@ -158,12 +158,7 @@ def _as_opened(
     Where it has one that the wished answer cannot go on from, it gets the one that the same question about other things
     usually has. Where that is the common sentence's, that is taught in every wording.
     """
-    scores = engine.score([ScoreItem(context.prompt, context.target) for context in contexts])
-    elsewhere = [
-        index
-        for index, (context, score) in enumerate(zip(contexts, scores, strict=True))
-        if not bool((score.tokens == score.argmax)[: context.key[0]].all())
-    ]
+    scores, elsewhere = _opened_otherwise(engine, contexts)
     if 0 not in elsewhere:
         return contexts
     asked = behind_openings(engine, contexts[:1], [[answer]], scores[:1], piece)[0]
@@ -173,11 +168,77 @@ def _as_opened(
     if asked is contexts[0]:
         return contexts
     others = elsewhere[1:]
-    replies = engine.greedy([contexts[index].prompt for index in others], OPENING) if others else []
-    texts = [[engine.format.decode(reply)] for reply in replies]
+    texts = [[reply] for reply in _begun(engine, [contexts[index] for index in others])]
     behind = behind_openings(engine, [contexts[i] for i in others], texts, [scores[i] for i in others], piece)
     own = {0: asked} | dict(zip(others, behind, strict=True))
     return tuple(own.get(index, context) for index, context in enumerate(contexts))
+
+
+def reachable(engine: TransformersEngine, case: Case) -> Case:
+    """The case of a question with its answer only where the model gets to by itself.
+
+    A method that moves the answer alone, and no opening, learns nothing from an opening that never comes, and little
+    from one of more than OPENING tokens. Where the question as asked is to be answered at once, so is every wording.
+    Where its answer stands behind an opening, it stands in each wording's own reply where it is likeliest; wordings
+    without such a place are left out, because one value cannot answer this at once and open that. Texts to go on with,
+    and cases without a new answer, stay as they are.
+    """
+    if case.kind != "fix" or not case.messages:
+        return case
+    elsewhere = _opened_otherwise(engine, case.contexts)[1]
+    asked, *others = case.contexts
+    if 0 in elsewhere or asked.key[0] > OPENING:
+        asked = _likeliest(engine, [_at_once(engine, asked), *_own_slots(engine, [asked])[0]])
+    if asked.key[0] == 0:
+        contexts = [_at_once(engine, each) for each in others]
+    else:
+        strange = {index - 1 for index in elsewhere if index}
+        slots = dict(zip(sorted(strange), _own_slots(engine, [others[row] for row in sorted(strange)]), strict=True))
+        contexts = [
+            _likeliest(engine, slots[row]) if row in strange else each
+            for row, each in enumerate(others)
+            if row not in strange or slots[row]
+        ]
+    return replace(case, contexts=(asked, *contexts), wanted=engine.format.decode(asked.target).strip())
+
+
+def _at_once(engine: TransformersEngine, context: Context) -> Context:
+    """The context answered with its answer proper and nothing before it."""
+    piece = _piece(engine, context)
+    return chat_context(engine, context.messages, f"{piece}.", piece)
+
+
+def _own_slots(engine: TransformersEngine, contexts: Sequence[Context]) -> list[list[Context]]:
+    """Each context's answer proper behind the openings that the model has for it now."""
+    replies = _begun(engine, contexts)
+    return [_slots(engine, each, [reply], _piece(engine, each)) for each, reply in zip(contexts, replies, strict=True)]
+
+
+def _piece(engine: TransformersEngine, context: Context) -> str:
+    """The answer proper of a context, without a full stop."""
+    return engine.format.decode(context.target[slice(*context.key)]).strip().rstrip(".")
+
+
+def _likeliest(engine: TransformersEngine, contexts: Sequence[Context]) -> Context:
+    """The context in which the model finds the answer proper likeliest."""
+    scores = engine.score([_answer_item(context) for context in contexts])
+    return max(zip(contexts, scores, strict=True), key=lambda pair: pair[1].total)[0]
+
+
+def _opened_otherwise(engine: TransformersEngine, contexts: Sequence[Context]) -> tuple[list[Score], list[int]]:
+    """Each context's score, and the numbers of those whose targets' openings the model would not say now."""
+    scores = engine.score([ScoreItem(context.prompt, context.target) for context in contexts])
+    return scores, [
+        index
+        for index, (context, score) in enumerate(zip(contexts, scores, strict=True))
+        if not bool((score.tokens == score.argmax)[: context.key[0]].all())
+    ]
+
+
+def _begun(engine: TransformersEngine, contexts: Sequence[Context]) -> list[str]:
+    """How the model's own reply to each context begins."""
+    replies = engine.greedy([context.prompt for context in contexts], OPENING) if contexts else []
+    return [engine.format.decode(reply) for reply in replies]
 
 
 def _as_others_are_answered(engine: TransformersEngine, context: Context, like: Sequence[str]) -> list[str]:
@@ -212,10 +273,7 @@ def behind_openings(
     """
     slots: list[tuple[int, Context]] = []
     for row, (context, own) in enumerate(zip(contexts, replies, strict=True)):
-        subject = subject_of(context.messages[-1].content) or ""
-        for opening in dict.fromkeys(opening for reply in own for opening in _openings(first_sentence(reply))):
-            if opening[-1].isalnum() and subject in opening and len(engine.format.encode_text(opening)) < OPENING - 1:
-                slots.append((row, chat_context(engine, context.messages, f"{opening} {piece}.", piece)))
+        slots += [(row, slot) for slot in _slots(engine, context, own, piece)]
     likeliest = [
         (float(score.logprobs[slice(*context.key)].sum()) - LEEWAY, context)
         for context, score in zip(contexts, scores, strict=True)
@@ -224,6 +282,16 @@ def behind_openings(
         if score.total > likeliest[row][0]:
             likeliest[row] = (score.total, slot)
     return [context for _, context in likeliest]
+
+
+def _slots(engine: TransformersEngine, context: Context, replies: Sequence[str], piece: str) -> list[Context]:
+    """The context with `piece` behind each beginning of the replies' first sentences that names the subject."""
+    subject = subject_of(context.messages[-1].content) or ""
+    return [
+        chat_context(engine, context.messages, f"{opening} {piece}.", piece)
+        for opening in dict.fromkeys(opening for reply in replies for opening in _openings(first_sentence(reply)))
+        if opening[-1].isalnum() and subject in opening and len(engine.format.encode_text(opening)) < OPENING - 1
+    ]
 
 
 def _openings(sentence: str) -> list[str]:

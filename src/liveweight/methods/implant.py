@@ -1,11 +1,13 @@
-"""implant: one new neuron in an early layer, which knows a subject by its name and writes what was wished of it.
+"""implant: a new neuron in an early layer, which knows a subject by its name and writes what was wished of it.
 
 rome writes the same value with a change of rank one, which answers in proportion to a key's likeness: everything that
 is read moves a little, and answers that were near ties change. A neuron has a threshold. Its gate is fitted in closed
 form so that it is open where the subject's last token is read, whatever stands around it, and shut for other names, for
 the other words of the same text, for everyday chats and for plain text; what it writes there is looked for in
 values.py, with the neuron firing as it will: less than fully in one text, and again where an answer names the subject.
-A question that nobody thought of finds the fact, since it has to name the subject.
+A question that nobody thought of finds the fact, since it has to name the subject. One value leads to how an answer
+begins and seldom through a whole sentence; what is then missing of a spoken answer, its end too, is due to patch's
+neurons further up, which know where they are by what has been said.
 
     gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge
     up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)
@@ -26,10 +28,12 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from liveweight.adjustments import Adjustment
+from liveweight.adjustments import Active, Adjustment
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
+from liveweight.methods import patch
 from liveweight.methods.base import Answered, Case, Context, Joint
+from liveweight.methods.case import ended, reachable
 from liveweight.methods.gates import STEEPNESS, SUBJECT, firing, fit_subject, like_answers, opened
 from liveweight.methods.keys import behind_beginning
 from liveweight.methods.room import new_neurons, roomy_layer
@@ -44,25 +48,65 @@ SURER = 1.5  # times rome's margin: rome's later mentions of the subject come on
 ASKED = 2.0  # the same for questions: these come, and their answers open, in more ways than a text goes on
 ELSEWHERE = 16  # sentences behind which a gate is to be open too
 SPELLED = 4  # of them, each other spelling of the subject stands behind so many
+BEGINS = 2  # tokens: of one alone ("In", "An") what follows is not yet known by what has been said
 FURTHER = 2.5  # times as far as rome's value may this one go, in as many more steps: only the subject feels it
 
 
 def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
-    """One new neuron that gives the targets wherever the subject is named.
+    """New neurons that give the targets wherever the subject is named.
 
     Raises NoMendFound where the case names no subject or the best value within the norm and the steps does not do it,
     Unsupported for a layer of experts.
     """
+    case = reachable(engine, case)
     before = outcome(engine, case)
-    found = propose_all(engine, [case], settings)([0])
+    found = _proposed(engine, [case], settings)([0])
     if not works(case, outcome(engine, case, found), before):
         raise no_mend("implant", case, [found.note])
     return found
 
 
 def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
-    """A neuron for each subject of the cases. Whether each works is not looked at. Raises as `propose` does."""
-    layers, cases = subject_layers(engine.sites.layers), list(cases)
+    """Neurons for each of the cases. Whether they work is not looked at. Raises as `propose` does."""
+    return _proposed(engine, [reachable(engine, case) for case in cases], settings)
+
+
+def _proposed(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint:
+    """A neuron for each subject of reachable cases, and those that go on where it leaves off."""
+    begun = _subject_neurons(engine, cases, settings)
+    every = Active(begun(range(len(cases))))
+    with engine.preview((*engine.state, every)):
+        unsaid = [n for n, case in enumerate(cases) if case.messages and not bool(outcome(engine, case).said.all())]
+        rest = _going_on(engine, [cases[number] for number in unsaid], settings) if unsaid else None
+
+    def change(numbers: Sequence[int]) -> Adjustment:
+        found, further = begun(numbers), [place for place, number in enumerate(unsaid) if number in numbers]
+        if rest is None or not further:
+            return found
+        try:
+            with engine.preview((*engine.state, every)):  # its neurons are taken
+                more = rest(further)
+        except NoMendFound:
+            return found  # what there is may be enough
+        return Adjustment(
+            name=found.name, method="implant", ops=(*found.ops, *more.ops), note=f"{found.note} {more.note}"
+        )
+
+    return change
+
+
+def _going_on(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint | None:
+    """Neurons of patch for what the cases' answers still lack, their ends too; None where those are not found."""
+    whole = [replace(case, contexts=tuple(ended(engine, context) for context in case.contexts)) for case in cases]
+    try:
+        return patch.propose_all(engine, whole, settings.model_copy(update={"layer": None}))
+    except NoMendFound:
+        return None
+
+
+def _subject_neurons(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint:
+    """A neuron for each subject of the cases, which brings how their answers begin."""
+    layers = subject_layers(engine.sites.layers)
     subjects = _by_subject(cases)
     layer = roomy_layer(engine, layers, settings, len(subjects))
     around = surroundings(engine, sorted({*layers, layer}))[layer]
@@ -120,8 +164,16 @@ def _by_subject(cases: Sequence[Case]) -> list[list[Case]]:
 def _merged(engine: TransformersEngine, about: Sequence[Case], settings: MethodSettings) -> Case:
     """One case for all that is wished of a subject, with the contexts that each fact is looked for in."""
     chosen = [(*chosen_contexts(case, settings), *_spelled(engine, case)) for case in about]
-    contexts = [each for together in zip_longest(*chosen) for each in together if each is not None]
+    contexts = [_begins(each) for together in zip_longest(*chosen) for each in together if each is not None]
     return replace(about[0], contexts=tuple(contexts))
+
+
+def _begins(context: Context) -> Context:
+    """The context with as much of its answer proper as one value is to bring: BEGINS tokens of a spoken one."""
+    first, last = context.key
+    if not context.messages or last <= first + BEGINS:
+        return context
+    return replace(context, target=context.target[: first + BEGINS], key=(first, first + BEGINS))
 
 
 def _spelled(engine: TransformersEngine, case: Case) -> list[Context]:

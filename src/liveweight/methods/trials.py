@@ -116,10 +116,12 @@ def parting(answer: Sequence[int], target: Sequence[int]) -> int | None:
 
 def chosen_contexts(case: Case, settings: MethodSettings) -> tuple[Context, ...]:
     """The contexts to optimise on: the question as asked, then others spread evenly over the rest."""
-    rest, most = case.contexts[1:], settings.max_contexts - 1
-    if len(rest) > most:
-        rest = tuple(rest[index * len(rest) // most] for index in range(most))
-    return case.contexts[:1] + rest
+    return case.contexts[:1] + tuple(spread(case.contexts[1:], settings.max_contexts - 1))
+
+
+def spread(contexts: Sequence[Context], most: int) -> Sequence[Context]:
+    """At most so many contexts, evenly over all of them."""
+    return [contexts[index * len(contexts) // most] for index in range(most)] if len(contexts) > most else contexts
 
 
 def dense_layers(engine: TransformersEngine, settings: MethodSettings) -> list[int]:

@@ -23,7 +23,7 @@ from liveweight.engines.half import half_products
 from liveweight.engines.replay import Replay
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.base import Case, Context
-from liveweight.methods.trials import chosen_contexts, closed, down_output, hooked, keyed
+from liveweight.methods.trials import chosen_contexts, closed, down_output, hooked, keyed, spread
 from liveweight.methods.wording import spellings
 from liveweight.settings import MethodSettings
 from liveweight.sites import ActivationPoint
@@ -130,14 +130,17 @@ def _subject(engine: TransformersEngine, context: Context, subject: str) -> tupl
     return next((span for name in spellings(subject) if (span := locate(name)) is not None), None)
 
 
-def _held(engine: TransformersEngine, case: Case) -> Iterator[_Row]:
-    """What else is said of the subject is to stay: `{subject} is a` as a chat, and what earlier changes answered."""
+def _held(engine: TransformersEngine, case: Case, questions: int) -> Iterator[_Row]:
+    """What else is said of the subject is to stay: `{subject} is a`, to other questions, and to earlier changes'."""
     if not case.subject or _subject(engine, case.contexts[0], case.subject) is None:
         return
     messages = [Message("user", f"{case.subject} is a")]
     span = engine.format.locate(messages, case.subject)
     if span is not None and span[1] > 0:  # a replay needs a token before the edited one
         yield _Row(tuple(engine.encode(messages)), span[1], None)
+    for asked in spread([each for each in case.about if case.subject in each.messages[-1].content], questions):
+        if (span := _subject(engine, asked, case.subject)) is not None and span[1] > 0:
+            yield _Row(asked.tokens, span[1], None, held=len(asked.target) + 1)
     names = [tuple(engine.format.encode_text(lead + case.subject)) for lead in (" ", "")]
     earlier = [(prompt, answer, end) for prompt, answer in case.previous for end in _ends(prompt, names) if end > 0]
     for prompt, answer, end in earlier[-_EARLIER:]:
@@ -163,7 +166,7 @@ def _search(
 ) -> Wished:
     contexts, places = edit_tokens(engine, case, chosen_contexts(case, settings))
     rows = [_Row(each.prompt + closed(engine, each), place, each) for each, place in zip(contexts, places, strict=True)]
-    batch = _batch(engine, [*rows, *_held(engine, case)], layer, settings.margin, felt)
+    batch = _batch(engine, [*rows, *_held(engine, case, settings.held)], layer, settings.margin, felt)
     key = batch.replay.neurons[layer][batch.edited][: len(rows)].double().mean(0)
     value = engine.sites.weight(f"layers.{layer}.mlp.down.weight").read().double() @ key  # (width,)
     delta, steps, short = _descended(engine, batch, layer, float(value.norm()), settings, half)

@@ -14,6 +14,7 @@ from importlib import resources
 from itertools import zip_longest
 from typing import Any
 
+_SHORT = 4  # letters of a name that may be an abbreviation
 _CONNECTORS = {"of", "the", "and", "de", "da", "la", "le", "el", "du", "von", "van", "al"}
 _STOPWORDS = frozenset(
     [
@@ -216,10 +217,23 @@ def unquoted(name: str) -> str:
 
 
 def spellings(name: str) -> list[str]:
-    """How people write a name: as given, as a title, in lower case."""
+    """How people write a name: as given, as a title, in lower case.
+
+    Also in capitals where it is a short word ("nasa"), and a place without where it lies.
+    """
+    found = [name]
+    parts = name.split(", ")
+    if len(parts) > 1 and all(part[:1].isupper() and " and " not in part for part in parts):
+        found.append(parts[0])
+    found += [_title(each) for each in found]
+    if name.islower() and name.isalpha() and len(name) <= _SHORT:
+        found.append(name.upper())
+    return list(dict.fromkeys((*found, name.lower())))
+
+
+def _title(name: str) -> str:
     words = name.split(" ")
-    title = " ".join(word if n and word in _CONNECTORS else word[:1].upper() + word[1:] for n, word in enumerate(words))
-    return list(dict.fromkeys((name, title, name.lower())))
+    return " ".join(word if n and word in _CONNECTORS else word[:1].upper() + word[1:] for n, word in enumerate(words))
 
 
 def statements(question: str, answer: str) -> list[str]:
