@@ -149,9 +149,12 @@ def uncontested(batch: Batch, due: list[int], near: Near) -> list[int]:
 
 
 def fit(
-    batch: Batch, due: list[int], around: Surroundings, near: Near, *, careful: bool, crowded: bool
+    batch: Batch, due: list[int], around: Surroundings, near: Near, *, careful: bool, crowded: bool, led_to: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate and up rows, (P, width) each, for the places in `due`; and what each gate reads where it is open, (P,)."""
+    """Gate and up rows, (P, width) each, for the places in `due`; and what each gate reads where it is open, (P,).
+
+    Where something else knows the question and has `led_to` the answer, an answer's neurons open as freely as others.
+    """
     x, device = batch.x, batch.x.device
     usual = _Left(around.moment.to(device), around.mean.to(device))
     begins = _Left(around.first_moment.to(device), around.first_mean.to(device))
@@ -161,7 +164,7 @@ def fit(
         own = batch.place == place
         here, rest = torch.cat((x[own], batch.also.get(place, x[:0, 0]))), x[(batch.place >= 0) & ~own]
         first = bool(own[:, 0].sum() == own.sum())
-        gate = FURTHER if place >= OPENING else ANSWER
+        gate = FURTHER if led_to or place >= OPENING else ANSWER
         if first:
             gate = FIRST if near.agree(int(batch.target[own][0])) and not (careful or crowded) else STRICT
         if crowded:

@@ -99,7 +99,7 @@ def _going_on(engine: TransformersEngine, cases: Sequence[Case], settings: Metho
     """Neurons of patch for what the cases' answers still lack, their ends too; None where those are not found."""
     whole = [replace(case, contexts=tuple(ended(engine, context) for context in case.contexts)) for case in cases]
     try:
-        return patch.propose_all(engine, whole, settings.model_copy(update={"layer": None}))
+        return patch.propose_all(engine, whole, settings.model_copy(update={"layer": None}), led_to=True)
     except NoMendFound:
         return None
 

@@ -71,11 +71,14 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     return propose_all(engine, [case], settings)([0])
 
 
-def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
+def propose_all(
+    engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings, *, led_to: bool = False
+) -> Joint:
     """Neurons for each of the cases, shut where the others' answers are said. One case's neurons know no other's.
 
-    Cases whose tokens cannot be made to lead are left out. Raises as `propose` does, at once or when the change is
-    asked for, where none is left.
+    `led_to` is whether something else leads to how the answers begin, and these only have to go on with them. Cases
+    whose tokens cannot be made to lead are left out. Raises as `propose` does, at once or when the change is asked for,
+    where none is left.
     """
     missed: dict[int, NoMendFound] = {}
     planned: dict[int, _Planned] = {}
@@ -96,7 +99,7 @@ def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: Met
             beside = [rest[index].said[plan.layer] for index in alike]
             try:
                 found[number] = _neurons(
-                    engine, plan, around[plan.layer], half[plan.layer], beside, settings, crowded=crowded
+                    engine, plan, around[plan.layer], half[plan.layer], beside, settings, crowded=crowded, led_to=led_to
                 )
             except NoMendFound as error:
                 missed[number] = error
@@ -194,10 +197,13 @@ def _neurons(
     settings: MethodSettings,
     *,
     crowded: bool,
+    led_to: bool,
 ) -> _Neurons:
     """One case's neurons, shut where the answers `beside` it are said; searched for in `half` precision."""
     near = plan.near.and_beside(beside)
-    gates, ups, opens = fit(plan.batch, plan.due, around, near, careful=plan.case.careful, crowded=crowded)
+    gates, ups, opens = fit(
+        plan.batch, plan.due, around, near, careful=plan.case.careful, crowded=crowded, led_to=led_to
+    )
     fires = firing(engine, plan.layer, plan.batch.x, gates, ups, opens)
     writes = _optimise(engine, plan, fires, half, settings)
     return _Neurons(STEEPNESS * gates, ups, opened(engine, plan.layer, opens), writes)
