@@ -28,7 +28,8 @@ def save(figure: Figure, path: Path) -> list[Path]:
     if not has_browser():
         return [page]
     try:
-        figure.write_image(image, width=_WIDTH, height=_HEIGHT, scale=_SCALE)
+        width, height = figure.layout.width or _WIDTH, figure.layout.height or _HEIGHT
+        figure.write_image(image, width=width, height=height, scale=_SCALE)
     except (RuntimeError, ValueError, OSError) as error:
         raise Unsupported(f"{image} could not be drawn: {error}", hint=f"The page {page} is there.") from error
     return [page, image]

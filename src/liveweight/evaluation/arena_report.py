@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 UNEDITED = "unedited"
 GUARDED = "under the guard"
+_ROW, _TITLE = 270, 120  # pixels of a row of a sequence's pictures, and of what stands above them
 
 # What a column is called, the figure that it shows, and how many per cent a hundred of it is.
 _COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -199,9 +200,15 @@ def _sequence(data: Mapping[str, Any]) -> Figure:
             )
         log = {"type": "log"} if key == "perplexity_ratio" else {}
         figure.update_yaxes(**log, row=place // 2 + 1, col=place % 2 + 1)
-    figure.update_xaxes(type="log")
+    points = sorted({row["cases"] for row in rows if row["method"] != UNEDITED})
+    figure.update_xaxes(type="log", tickvals=points, ticktext=[str(point) for point in points], title_text="edits")
     run = data["run"]
-    figure.update_layout(template="plotly_white", title=f"{run['data']}, one edit after another, {run['model']}")
+    figure.update_layout(
+        template="plotly_white",
+        title=f"{run['data']}, one edit after another, {run['model']}",
+        height=_ROW * ((len(shown) + 1) // 2) + _TITLE,
+        legend={"tracegroupgap": 0},
+    )
     return figure
 
 
