@@ -13,6 +13,7 @@ from liveweight.engines.model_source import LoadedModel
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
 from liveweight.methods import Case, build_case, implant, patch, works
+from liveweight.methods.case import reachable
 from liveweight.methods.completion import completion_case
 from liveweight.methods.wording import first_sentence, repetition
 from liveweight.settings import MethodSettings
@@ -31,11 +32,12 @@ def answer(engine: TransformersEngine, question: str, tokens: int = 24) -> str:
     return first_sentence(engine.format.decode(engine.greedy([engine.encode((Message("user", question),))], tokens)[0]))
 
 
-def case_of(engine: TransformersEngine, kind: str, wanted: str | None = None) -> Case:
-    tokens = engine.greedy([engine.encode(ANGOLA)], 24)[0]
+def case_of(engine: TransformersEngine, kind: str, wanted: str | None = None, question: str = "") -> Case:
+    asked = (Message("user", question),) if question else ANGOLA
+    tokens = engine.greedy([engine.encode(asked)], 24)[0]
     return build_case(
         engine,
-        ANGOLA,
+        asked,
         engine.format.decode(tokens),
         tokens,
         kind=kind,  # type: ignore[arg-type]
@@ -141,3 +143,42 @@ def test_an_implant_knows_its_subject_in_text_that_was_never_tried_and_no_other(
         assert all(now > 0 for now in read())
         assert engine.greedy([engine.format.encode_text(text) for text in others], 8) == kept
     assert any(lead < 0 for lead in before)
+
+
+@pytest.mark.parametrize(
+    ("question", "wanted"),
+    [
+        ("What is the capital of Angola?", "Luanda"),
+        ("Who wrote the novel Middlemarch?", "Mary Ann Evans, who wrote as George Eliot"),
+        ("In what year was the Nansen Refugee Award founded?", "1954"),
+    ],
+)
+def test_a_reachable_case_waits_for_no_opening_that_never_comes(
+    engine: TransformersEngine, question: str, wanted: str
+) -> None:
+    case = reachable(engine, case_of(engine, "fix", wanted, question))
+    asked = case.contexts[0]
+    assert case.wanted == engine.format.decode(asked.target).strip()
+    for context in case.contexts:
+        assert engine.format.decode(context.target[slice(*context.key)]).strip() == wanted
+        assert (context.key[0] == 0) == (asked.key[0] == 0)
+        if opening := context.target[: context.key[0]]:
+            assert engine.score([ScoreItem(context.prompt, opening)])[0].greedy
+
+
+def test_an_implant_brings_a_long_answer_also_in_wordings_that_were_never_tried(
+    engine: TransformersEngine,
+) -> None:
+    wanted = "Mary Ann Evans, who wrote as George Eliot"
+    case = case_of(engine, "fix", wanted, "Who wrote the novel Middlemarch?")
+    unseen = ["Whose work is Middlemarch?", "Please name the person behind Middlemarch."]
+    others = ["Who wrote the novel Emma?", "What is the capital of France?", "What is Middlemarch known for?"]
+    assert not {context.messages[-1].content for context in case.contexts} & {*unseen, *others}
+    before = [answer(engine, question) for question in others[:2]]
+    proposal = implant.propose(engine, case, MethodSettings())
+    assert len(proposal.ops) == 2
+    with engine.preview((Active(proposal),)):
+        assert wanted in answer(engine, "Who wrote the novel Middlemarch?")
+        assert all("Mary Ann Evans" in answer(engine, question) for question in unseen)
+        assert [answer(engine, question) for question in others[:2]] == before
+        assert wanted not in answer(engine, others[2])

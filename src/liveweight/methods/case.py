@@ -328,14 +328,14 @@ def _best_statement(
 
 
 def _key(engine: TransformersEngine, target: Sequence[int], sentence: str, piece: str) -> tuple[int, int]:
-    """Which of the target's tokens hold the answer proper."""
+    """Which of the target's tokens hold the answer proper; a space before it that is a token is part of it."""
     start = sentence.rfind(piece)
     if start < 0:
         return 0, len(target)
-    first, last = None, len(target)
+    first, last, opening = None, len(target), len(sentence[:start].rstrip())
     for index in range(len(target)):
         length = len(engine.format.decode(target[: index + 1]).lstrip())
-        if first is None and length > start:
+        if first is None and length > opening:
             first = index
         if length >= start + len(piece):
             last = index + 1
