@@ -107,8 +107,8 @@ def test_what_one_value_does_not_bring_other_neurons_do(layer: int | None, tmp_p
     engine = tiny_engine("llama", tmp_path)
     case = tiny_case(engine, subject=SUBJECT)
     first, second = case.contexts[0].target
-    target = (first, second, first + 1, second + 1, first + 2)
-    case = replace(case, contexts=tuple(replace(each, target=target, key=(0, 5)) for each in case.contexts))
+    target = (first, second, first + 1)  # one more than a value is to bring
+    case = replace(case, contexts=tuple(replace(each, target=target, key=(0, 3)) for each in case.contexts))
     found = implant.propose_all(engine, [case], SETTINGS.model_copy(update={"layer": layer}))([0])
     taken = [(op.layer, neuron) for op in found.ops if isinstance(op, ReplaceNeurons) for neuron in op.neurons]
     assert len(found.ops) == 2
