@@ -19,7 +19,7 @@ arena() {
 for part in $parts; do
     case $part in
         single) arena single --data counterfact --methods implant --cases 200 --damage-every 10 ;;
-        qaedit) arena qaedit --data qaedit --methods implant --cases 200 --damage-every 10 ;;
+        qaedit) arena qaedit --data qaedit --methods implant --held 0 --cases 200 --damage-every 10 ;;
         sequential) arena sequential --data counterfact --methods implant --cases 500 --mode sequential ;;
         table) arena table --data counterfact --methods all --cases 500 --mode sequential --measured 100 ;;
         every) arena every --data counterfact --methods all --cases 20 ;;

@@ -172,13 +172,12 @@ def test_an_implant_brings_a_long_answer_also_in_wordings_that_were_never_tried(
     wanted = "Mary Ann Evans, who wrote as George Eliot"
     case = case_of(engine, "fix", wanted, "Who wrote the novel Middlemarch?")
     unseen = ["Whose work is Middlemarch?", "Please name the person behind Middlemarch."]
-    others = ["Who wrote the novel Emma?", "What is the capital of France?", "What is Middlemarch known for?"]
+    others = ["Who wrote the novel Emma?", "What is the capital of France?"]
     assert not {context.messages[-1].content for context in case.contexts} & {*unseen, *others}
-    before = [answer(engine, question) for question in others[:2]]
+    before = [answer(engine, question) for question in others]
     proposal = implant.propose(engine, case, MethodSettings())
     assert len(proposal.ops) == 2
     with engine.preview((Active(proposal),)):
         assert wanted in answer(engine, "Who wrote the novel Middlemarch?")
         assert all("Mary Ann Evans" in answer(engine, question) for question in unseen)
-        assert [answer(engine, question) for question in others[:2]] == before
-        assert wanted not in answer(engine, others[2])
+        assert [answer(engine, question) for question in others] == before
