@@ -181,7 +181,8 @@ def _sequence(data: Mapping[str, Any]) -> Figure:
     ]
     rows = summary(data)
     shown = [each for each in shown if any(row.get(each[0]) is not None for row in rows)]
-    figure = make_subplots(rows=(len(shown) + 1) // 2, cols=2, subplot_titles=[title for _, title in shown])
+    deep = (len(shown) + 1) // 2
+    figure = make_subplots(rows=deep, cols=2, subplot_titles=[title for _, title in shown])
     names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != UNEDITED))
     colours = qualitative.Dark24
     for place, (key, title) in enumerate(shown):
@@ -206,7 +207,7 @@ def _sequence(data: Mapping[str, Any]) -> Figure:
     figure.update_layout(
         template="plotly_white",
         title=f"{run['data']}, one edit after another, {run['model']}",
-        height=_ROW * ((len(shown) + 1) // 2) + _TITLE,
+        height=_ROW * deep + _TITLE,
         legend={"tracegroupgap": 0},
     )
     return figure

@@ -192,13 +192,10 @@ def reachable(engine: TransformersEngine, case: Case) -> Case:
     if asked.key[0] == 0:
         contexts = [_at_once(engine, each) for each in others]
     else:
-        strange = {index - 1 for index in elsewhere if index}
-        slots = dict(zip(sorted(strange), _own_slots(engine, [others[row] for row in sorted(strange)]), strict=True))
-        contexts = [
-            _likeliest(engine, slots[row]) if row in strange else each
-            for row, each in enumerate(others)
-            if row not in strange or slots[row]
-        ]
+        strange = [index for index in elsewhere if index]
+        slots = dict(zip(strange, _own_slots(engine, [case.contexts[index] for index in strange]), strict=True))
+        offered = [slots.get(index, [each]) for index, each in enumerate(others, start=1)]
+        contexts = [_likeliest(engine, each) for each in offered if each]
     return replace(case, contexts=(asked, *contexts), wanted=engine.format.decode(asked.target).strip())
 
 
@@ -221,6 +218,8 @@ def _piece(engine: TransformersEngine, context: Context) -> str:
 
 def _likeliest(engine: TransformersEngine, contexts: Sequence[Context]) -> Context:
     """The context in which the model finds the answer proper likeliest."""
+    if len(contexts) == 1:
+        return contexts[0]
     scores = engine.score([_answer_item(context) for context in contexts])
     return max(zip(contexts, scores, strict=True), key=lambda pair: pair[1].total)[0]
 

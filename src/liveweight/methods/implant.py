@@ -74,6 +74,8 @@ def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: Met
 def _proposed(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint:
     """A neuron for each subject of reachable cases, and those that go on where it leaves off."""
     begun = _subject_neurons(engine, cases, settings)
+    if not any(case.messages for case in cases):
+        return begun  # only spoken answers are gone on with
     every = Active(begun(range(len(cases))))
     with engine.preview((*engine.state, every)):
         unsaid = [n for n, case in enumerate(cases) if case.messages and not bool(outcome(engine, case).said.all())]
