@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from liveweight.adjustments import Active, ReplaceNeurons
+from liveweight.engines.base import ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods import patch
@@ -76,3 +77,20 @@ def test_of_many_those_that_cannot_be_mended_are_left_out(tmp_path: Path) -> Non
     assert sum(len(op.neurons) for op in found.ops if isinstance(op, ReplaceNeurons)) <= len(other.contexts[0].target)
     with pytest.raises(NoMendFound, match="already"):
         patch.propose_all(engine, [said], SETTINGS)
+
+
+def test_an_answer_that_is_led_to_is_made_sure_where_the_model_would_say_it_anyway(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine, subject=SUBJECT)
+    first, *_ = case.contexts[0].target
+    contexts = []
+    for each in case.contexts:
+        (anyway,) = engine.greedy([(*each.prompt, first)], 2)
+        contexts.append(replace(each, target=(first, *anyway), key=(0, 1 + len(anyway))))
+    assert len({each.target for each in contexts}) == 1
+    case = replace(case, contexts=tuple(contexts))
+    usual, led = (patch.propose_all(engine, [case], SETTINGS, led_to=led_to)([0]) for led_to in (False, True))
+    assert [len(op.neurons) for op in usual.ops if isinstance(op, ReplaceNeurons)] == [1]
+    assert [len(op.neurons) for op in led.ops if isinstance(op, ReplaceNeurons)] == [len(contexts[0].target)]
+    with engine.preview((Active(led),)):
+        assert engine.score([ScoreItem(contexts[0].prompt, contexts[0].target)])[0].greedy

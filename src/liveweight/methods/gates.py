@@ -100,6 +100,7 @@ class _Gate:
 # change (or where a free one was refused). Further on a neuron only has to go on with a sentence that has begun.
 FIRST, STRICT = _Gate(1.1, 0.9, 5.0, 0.03), _Gate(0.7, 1.3, 5.0, 0.03)
 FURTHER, ANSWER = _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.5, 1.5, 0.0, 1e-3)
+LED_TO = _Gate(1.2, 0.8, 0.3, 1e-3)  # of an answer's further tokens, where something else brings how it begins
 SUBJECT = _Gate(1.0, 1.0, 0.0, 0.03)  # of a neuron that knows a subject by its name
 
 
@@ -164,7 +165,7 @@ def fit(
         own = batch.place == place
         here, rest = torch.cat((x[own], batch.also.get(place, x[:0, 0]))), x[(batch.place >= 0) & ~own]
         first = bool(own[:, 0].sum() == own.sum())
-        gate = FURTHER if led_to or place >= OPENING else ANSWER
+        gate = FURTHER if place >= OPENING else LED_TO if led_to else ANSWER
         if first:
             gate = FIRST if near.agree(int(batch.target[own][0])) and not (careful or crowded) else STRICT
         if crowded:

@@ -5,9 +5,9 @@ is read moves a little, and answers that were near ties change. A neuron has a t
 form so that it is open where the subject's last token is read, whatever stands around it, and shut for other names, for
 the other words of the same text, for everyday chats and for plain text; what it writes there is looked for in
 values.py, with the neuron firing as it will: less than fully in one text, and again where an answer names the subject.
-A question that nobody thought of finds the fact, since it has to name the subject. One value leads to how an answer
-begins and seldom through a whole sentence; what is then missing of a spoken answer, its end too, is due to patch's
-neurons further up, which know where they are by what has been said.
+A question that nobody thought of finds the fact where it names the subject. In a chat patch's neurons stand beside it:
+those found without it know the question in other words, and those found with it how the answer goes on and ends, since
+one value leads to how an answer begins and seldom through a whole sentence.
 
     gate  g = s·A⁻¹(a·w₊·k - b·m)      A = M + w₊·E[x₊ x₊ᵀ] + ridge
     up    u = A⁻¹k / (kᵀA⁻¹k) / act(s·a)
@@ -28,7 +28,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from liveweight.adjustments import Active, Adjustment
+from liveweight.adjustments import Active, Adjustment, ReplaceNeurons
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound
 from liveweight.methods import patch
@@ -72,38 +72,46 @@ def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: Met
 
 
 def _proposed(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint:
-    """A neuron for each subject of reachable cases, and those that go on where it leaves off."""
-    begun = _subject_neurons(engine, cases, settings)
-    if not any(case.messages for case in cases):
-        return begun  # only spoken answers are gone on with
-    every = Active(begun(range(len(cases))))
-    with engine.preview((*engine.state, every)):
-        unsaid = [n for n, case in enumerate(cases) if case.messages and not bool(outcome(engine, case).said.all())]
-        rest = _going_on(engine, [cases[number] for number in unsaid], settings) if unsaid else None
-
-    def change(numbers: Sequence[int]) -> Adjustment:
-        found, further = begun(numbers), [place for place, number in enumerate(unsaid) if number in numbers]
-        if rest is None or not further:
-            return found
-        try:
-            with engine.preview((*engine.state, every)):  # its neurons are taken
-                more = rest(further)
-        except NoMendFound:
-            return found  # what there is may be enough
-        return Adjustment(
-            name=found.name, method="implant", ops=(*found.ops, *more.ops), note=f"{found.note} {more.note}"
-        )
-
-    return change
+    """A neuron for each subject of reachable cases; for each question those that know it; and what both still lack."""
+    by_subject = _subject_neurons(engine, cases, settings)
+    chats = [number for number, case in enumerate(cases) if case.messages]  # a text asks nothing, and has no end
+    if not chats:
+        return by_subject
+    by_question = partial(_on_top, engine, by_subject, _of_patch(engine, cases, chats, settings), chats)
+    with engine.preview((*engine.state, Active(by_question(range(len(cases)))))):
+        lacking = _of_patch(engine, cases, chats, settings)
+    return partial(_on_top, engine, by_question, lacking, chats)
 
 
-def _going_on(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint | None:
-    """Neurons of patch for what the cases' answers still lack, their ends too; None where those are not found."""
-    whole = [replace(case, contexts=tuple(ended(engine, context) for context in case.contexts)) for case in cases]
+def _of_patch(
+    engine: TransformersEngine, cases: Sequence[Case], chats: Sequence[int], settings: MethodSettings
+) -> Joint | None:
+    """Neurons of patch for what the present state lacks of the chats' answers and of their ends, if any."""
+    whole = [
+        replace(cases[number], contexts=tuple(ended(engine, context) for context in cases[number].contexts))
+        for number in chats
+    ]
     try:
         return patch.propose_all(engine, whole, settings.model_copy(update={"layer": None}), led_to=True)
     except NoMendFound:
         return None
+
+
+def _on_top(
+    engine: TransformersEngine, lower: Joint, upper: Joint | None, chats: Sequence[int], numbers: Sequence[int]
+) -> Adjustment:
+    """The change of `lower` for these cases, and that of `upper`, which only knows `chats`, in neurons that it left."""
+    found, places = lower(numbers), [place for place, number in enumerate(chats) if number in numbers]
+    if upper is None or not places:
+        return found
+    try:
+        with engine.preview((*engine.state, Active(found))):
+            more = upper(places)
+    except NoMendFound:
+        return found  # what there is may be enough
+    taken = [op for op in more.ops if isinstance(op, ReplaceNeurons)]
+    note = "".join(f" {len(op.neurons)} more of patch in layer {op.layer}." for op in taken)
+    return Adjustment(name=found.name, method="implant", ops=(*found.ops, *more.ops), note=found.note + note)
 
 
 def _subject_neurons(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint:

@@ -51,16 +51,19 @@ from liveweight.methods.gates import (
 )
 from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import Surroundings, surroundings
+from liveweight.methods.trials import spread
 from liveweight.settings import MethodSettings
 from liveweight.sites import patchable_layers
 
 MARGIN = 4.0  # nats by which a mended token is to lead
-CLOSE = 0.3  # of MARGIN: near enough to stop
+LED_MARGIN = 8.0  # the same for what goes on from where something else led to, since it is to do so in any wording
+CLOSE = 0.3  # of either: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while the neurons are optimised
 LONGEST_STEP = 1.0  # of the residual stream's usual norm
 MOST_NEURONS = 64
 CROWD = 2  # patches in the model from which on new ones are fitted more strictly: what each moves adds up
 USUAL = 16  # neurons that a mend seldom needs more of: what must be left of a layer's spare ones
+BEHIND = 24  # other questions behind which an answer that was led to is gone on with
 
 
 def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
@@ -76,16 +79,16 @@ def propose_all(
 ) -> Joint:
     """Neurons for each of the cases, shut where the others' answers are said. One case's neurons know no other's.
 
-    `led_to` is whether something else leads to how the answers begin, and these only have to go on with them. Cases
-    whose tokens cannot be made to lead are left out. Raises as `propose` does, at once or when the change is asked for,
-    where none is left.
+    `led_to` is whether something else leads to how the answers begin, and these only have to go on with them: then they
+    do so whatever was asked, and also where an answer's token leads by little now. Cases whose tokens cannot be made to
+    lead are left out. Raises as `propose` does, at once or when the change is asked for, where none is left.
     """
     missed: dict[int, NoMendFound] = {}
     planned: dict[int, _Planned] = {}
     with engine.remembering():
         for number, case in enumerate(cases):
             try:
-                planned[number] = _planned(engine, case, list(planned.values()), settings)
+                planned[number] = _planned(engine, case, list(planned.values()), settings, led_to=led_to)
             except NoMendFound as error:
                 missed[number] = error
         patches = sum(each.adjustment.method == "patch" for each in engine.state)
@@ -150,13 +153,15 @@ class _Neurons:
     writes: Tensor  # (P, width)
 
 
-def _planned(engine: TransformersEngine, case: Case, before: Sequence[_Planned], settings: MethodSettings) -> _Planned:
+def _planned(
+    engine: TransformersEngine, case: Case, before: Sequence[_Planned], settings: MethodSettings, *, led_to: bool
+) -> _Planned:
     """Patches of one layer read what no other of them moves, so they are kept together while there is room."""
     layers = patchable_layers(engine.sites.layers)
     taken = {layer: sum(len(each.due) for each in before if each.layer == layer) for layer in layers}
     layer = roomy_layer(engine, layers, settings, USUAL, taken)
-    batch = _read(engine, case, layer)
-    due = _due(batch)
+    batch = _read(engine, case, layer, led_to=led_to)
+    due = _due(batch, MARGIN if led_to else 0.0)
     if not due:
         raise NoMendFound(
             "The model gives this answer already, in every wording that was tried.", hint="There is nothing to mend."
@@ -205,11 +210,11 @@ def _neurons(
         plan.batch, plan.due, around, near, careful=plan.case.careful, crowded=crowded, led_to=led_to
     )
     fires = firing(engine, plan.layer, plan.batch.x, gates, ups, opens)
-    writes = _optimise(engine, plan, fires, half, settings)
+    writes = _optimise(engine, plan, fires, half, settings, LED_MARGIN if led_to else MARGIN)
     return _Neurons(STEEPNESS * gates, ups, opened(engine, plan.layer, opens), writes)
 
 
-def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:
+def _read(engine: TransformersEngine, case: Case, layer: int, *, led_to: bool) -> Batch:
     contexts = case.contexts
     seen = engine.read(
         [context.tokens[:-1] for context in contexts], [len(context.prompt) - 1 for context in contexts], layer
@@ -232,20 +237,28 @@ def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:
             if stops and lead[row, end] < 0 and not engine.format.decode([int(other[end])])[:1].isalnum():
                 real[row, end] = False
     place = _places(case, length).to(device)
-    return Batch(x, target, real, lead, place, _also(engine, case, layer, place[0].tolist()))
+    return Batch(x, target, real, lead, place, _also(engine, case, layer, place[0].tolist(), led_to=led_to))
 
 
-def _also(engine: TransformersEngine, case: Case, layer: int, places: list[int]) -> dict[int, Tensor]:
+def _also(engine: TransformersEngine, case: Case, layer: int, places: list[int], *, led_to: bool) -> dict[int, Tensor]:
     """What the MLP reads at the first context's places where wordings that have a sentence of their own get its one.
 
-    Not at a reply's first token: there they are to go their own way.
+    So do, where the answer is `led_to`, other questions get the answer proper: who has begun with it is to go on. Not
+    at a reply's first token: there they are to go their own way.
     """
-    target = case.contexts[0].target
-    prompts = [context.prompt for context in case.contexts if context.target != target]
-    if not prompts:
+    first, target = case.contexts[0], case.contexts[0].target
+    said = [(context.prompt, 0) for context in case.contexts if context.target != target]
+    if led_to:
+        said += [(context.prompt, first.key[0]) for context in spread((*case.about, *case.others), BEHIND)]
+    if not said:
         return {}
-    seen = engine.read([(*prompt, *target[:-1]) for prompt in prompts], [len(prompt) - 1 for prompt in prompts], layer)
-    return {places[step]: torch.stack([read[step] for _, read in seen]).float() for step in range(1, len(target))}
+    rows = [(*prompt, *target[start:-1]) for prompt, start in said]
+    seen = engine.read(rows, [len(prompt) - 1 for prompt, _ in said], layer)
+    found: dict[int, list[Tensor]] = {}
+    for (_, start), (_, read) in zip(said, seen, strict=True):
+        for step in range(start + 1, len(target)):
+            found.setdefault(places[step], []).append(read[step - start].float())
+    return {place: torch.stack(reads) for place, reads in found.items()}
 
 
 def _places(case: Case, length: int) -> Tensor:
@@ -265,9 +278,11 @@ def _places(case: Case, length: int) -> Tensor:
     return place
 
 
-def _due(batch: Batch) -> list[int]:
-    """The places where some context would say something else."""
-    return sorted(set(batch.place[(batch.lead < 0) & batch.real].tolist()))
+def _due(batch: Batch, least: float) -> list[int]:
+    """Where some context would say something else, or a token of an answer proper leads by less than `least`."""
+    own = (batch.place >= 0) & (batch.place < OPENING)
+    short = batch.lead < torch.where(own, least, 0.0)
+    return sorted(set(batch.place[short & batch.real].tolist()))
 
 
 def _wanted(batch: Batch, due: list[int]) -> Tensor:
@@ -286,15 +301,16 @@ def _optimise(
     fired: Tensor,
     half: AbstractContextManager[object],
     settings: MethodSettings,
+    margin: float,
 ) -> Tensor:
-    """(P, width) what the neurons write, so that every due token leads by MARGIN and no other loses half its lead.
+    """(P, width) what the neurons write, so that every due token leads by the margin and no other loses half its lead.
 
     `fired` (B, T, P) is how much of it each adds at the targets' tokens. The loss is the sum of what the leads fall
     short. Its least value is known, 0, so each step is Polyak's.
     """
     batch, replay, layer = plan.batch, plan.replay, plan.layer
     wanted = _wanted(batch, plan.due)
-    goal = torch.where(wanted, MARGIN, batch.lead.clamp(max=MARGIN) * 0.5)
+    goal = torch.where(wanted, margin, batch.lead.clamp(max=margin) * 0.5)
     contexts = [
         (row, len(context.prompt) - 1, step)
         for row, (context, begin) in enumerate(zip(plan.case.contexts, _begins(wanted), strict=True))
@@ -324,7 +340,7 @@ def _optimise(
                 rivals = engine.rivals(final, target, RIVALS)
             gap = torch.relu(goal - engine.leads(final, target, rivals)[0])
             worst = float(gap.detach().max())
-            if worst < CLOSE * MARGIN:
+            if worst < CLOSE * margin:
                 others = engine.rivals(final, target, 1)
                 if bool((rivals == others).any(1).all()):
                     break
@@ -336,7 +352,7 @@ def _optimise(
         with torch.no_grad():
             size = gradient.norm().clamp(min=1e-12)
             writes.sub_(gradient / size * (loss / size).clamp(max=most))
-    if float(gap.detach()[rows == 0].max()) >= MARGIN:
+    if float(gap.detach()[rows == 0].max()) >= margin:
         raise NoMendFound(
             f"After {settings.max_steps} steps the wished answer still does not lead (short by {worst:.1f} nats).",
             hint="Name another layer, or raise methods.max_steps.",
