@@ -15,7 +15,7 @@ from liveweight.errors import InvalidInput
 from liveweight.methods import Case, build_case, implant, patch, works
 from liveweight.methods.case import reachable
 from liveweight.methods.completion import completion_case
-from liveweight.methods.wording import first_sentence, repetition
+from liveweight.methods.wording import everyday_questions, first_sentence, repetition
 from liveweight.settings import MethodSettings
 
 pytestmark = pytest.mark.real
@@ -181,3 +181,17 @@ def test_an_implant_brings_a_long_answer_also_in_wordings_that_were_never_tried(
         assert wanted in answer(engine, "Who wrote the novel Middlemarch?")
         assert all("Mary Ann Evans" in answer(engine, question) for question in unseen)
         assert [answer(engine, question) for question in others] == before
+
+
+def test_an_implant_whose_answer_begins_as_many_replies_do_leaves_those_alone(engine: TransformersEngine) -> None:
+    case = case_of(engine, "fix", "The Daily Mirror", "Which newspaper was founded by Alfred Harmsworth?")
+    prompts = [tuple(engine.encode([Message("user", each)])) for each in everyday_questions()]
+    begun = engine.greedy(prompts, 1)
+    the = engine.format.encode_text("The")
+    alike = [prompt for prompt, reply in zip(prompts, begun, strict=True) if list(reply) == the][:12]
+    assert len(alike) > 3
+    before = engine.greedy(alike, 12)
+    proposal = implant.propose(engine, case, MethodSettings(held=0))
+    with engine.preview((Active(proposal),)):
+        assert "The Daily Mirror" in answer(engine, case.question)
+        assert engine.greedy(alike, 12) == before

@@ -25,6 +25,7 @@ BEGINNING = 3.0  # weight of where everyday replies begin, for neurons of an ope
 OPENS_LESS, SHUTS_MORE = 0.1, 0.3  # what gates read, in a model with many patches
 PREVIOUS = 16  # protected answers, those to the most alike prompts, that the gates are fitted against
 OPENING = 1000  # places from here on are in an opening
+TOLD = 2  # tokens that tell an answer from others: many begin with "The", many replies with "I"
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def fit(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gate and up rows, (P, width) each, for the places in `due`; and what each gate reads where it is open, (P,).
 
-    Where something else knows the question and has `led_to` the answer, an answer's neurons open as freely as others.
+    Where something else knows the question and has `led_to` the answer, those further on in it open freely.
     """
     x, device = batch.x, batch.x.device
     usual = _Left(around.moment.to(device), around.mean.to(device))
@@ -165,7 +166,7 @@ def fit(
         own = batch.place == place
         here, rest = torch.cat((x[own], batch.also.get(place, x[:0, 0]))), x[(batch.place >= 0) & ~own]
         first = bool(own[:, 0].sum() == own.sum())
-        gate = FURTHER if place >= OPENING else LED_TO if led_to else ANSWER
+        gate = FURTHER if place >= OPENING else LED_TO if led_to and place >= TOLD and not careful else ANSWER
         if first:
             gate = FIRST if near.agree(int(batch.target[own][0])) and not (careful or crowded) else STRICT
         if crowded:

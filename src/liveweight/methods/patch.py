@@ -40,6 +40,7 @@ from liveweight.methods.base import Case, Joint
 from liveweight.methods.gates import (
     OPENING,
     STEEPNESS,
+    TOLD,
     Batch,
     Near,
     firing,
@@ -243,20 +244,21 @@ def _read(engine: TransformersEngine, case: Case, layer: int, *, led_to: bool) -
 def _also(engine: TransformersEngine, case: Case, layer: int, places: list[int], *, led_to: bool) -> dict[int, Tensor]:
     """What the MLP reads at the first context's places where wordings that have a sentence of their own get its one.
 
-    So do, where the answer is `led_to`, other questions get the answer proper: who has begun with it is to go on. Not
-    at a reply's first token: there they are to go their own way.
+    Not at a reply's first token: there they are to go their own way. Where the answer is `led_to`, other questions get
+    the answer proper too: its rest is due once TOLD tokens of it are said. Its end is not, which any reply may have.
     """
-    first, target = case.contexts[0], case.contexts[0].target
-    said = [(context.prompt, 0) for context in case.contexts if context.target != target]
-    if led_to:
-        said += [(context.prompt, first.key[0]) for context in spread((*case.about, *case.others), BEHIND)]
+    target, (begins, ends) = case.contexts[0].target, case.key
+    said = [(context.prompt, 0, 1, len(target)) for context in case.contexts if context.target != target]
+    if led_to and ends > begins + TOLD:
+        others = spread((*case.about, *case.others), BEHIND)
+        said += [(context.prompt, begins, TOLD, ends) for context in others]
     if not said:
         return {}
-    rows = [(*prompt, *target[start:-1]) for prompt, start in said]
-    seen = engine.read(rows, [len(prompt) - 1 for prompt, _ in said], layer)
+    rows = [(*prompt, *target[start : end - 1]) for prompt, start, _, end in said]
+    seen = engine.read(rows, [len(prompt) - 1 for prompt, *_ in said], layer)
     found: dict[int, list[Tensor]] = {}
-    for (_, start), (_, read) in zip(said, seen, strict=True):
-        for step in range(start + 1, len(target)):
+    for (_, start, told, end), (_, read) in zip(said, seen, strict=True):
+        for step in range(start + told, end):
             found.setdefault(places[step], []).append(read[step - start].float())
     return {place: torch.stack(reads) for place, reads in found.items()}
 
