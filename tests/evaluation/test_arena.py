@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from liveweight.adjustments import Adjustment, LowRank
+from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
 from liveweight.evaluation import Edit, EditScores
 from liveweight.evaluation.arena import Arena, Mode, Plan
 from liveweight.evaluation.arena_report import figure, markdown, summary
+from liveweight.guard import Guard
 from liveweight.live_model import LiveModel
-from liveweight.methods import METHODS
-from liveweight.settings import MethodSettings
+from liveweight.methods import METHODS, Case
+from liveweight.settings import GuardSettings, MethodSettings
 from tests.tiny_workspace import SHOUT, tiny_settings
 
 EDITS = (
@@ -121,6 +124,32 @@ def test_under_the_guard_what_was_refused_counts_as_not_edited() -> None:
     assert (guarded["made"], guarded["chat"]) == (1, pytest.approx((1.0 + 0.5 + 0.0) / 3))
     assert guarded["kl"] == pytest.approx(0.2)  # of what was carried out alone
     assert "rome found nothing in 1 of 3 cases; the first: no step did it." in markdown(data)
+
+
+@pytest.mark.parametrize(("refits", "milder"), [(True, True), (True, False), (False, True)])
+def test_what_the_guard_refused_is_proposed_once_more_with_care(
+    refits: bool, milder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) -> Adjustment:
+        asked.append(case.careful)
+        found = SHOUT.propose(engine, case, settings)
+        (op,) = found.ops
+        assert isinstance(op, LowRank)
+        silent = LowRank(site=op.site, left=0 * op.left, right=op.right)
+        return found.model_copy(update={"ops": (silent,)}) if case.careful and milder else found
+
+    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, propose=propose, refits=refits))
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        run = arena(live, "single", ("shout",), EDITS[:1])
+        strict = GuardSettings(max_mean_kl=0.0, max_worst_kl=0.0, max_perplexity_ratio=1.0)
+        run.guard = Guard(live.engine, strict, tmp_path / "strict", live.guard.probes)
+        (row,) = run.run(tmp_path / "run.json")["methods"]["shout"]
+    assert asked == ([False, True] if refits else [False])
+    assert row["guard"]["passed"] == (refits and milder)
+    assert row.get("tries") == (2 if refits else None)
+    assert (row["share"] == 0) == (refits and milder)
 
 
 def test_an_unknown_method_is_refused_by_name(tmp_path: Path) -> None:
