@@ -89,7 +89,7 @@ def test_an_answer_that_is_led_to_is_made_sure_where_the_model_would_say_it_anyw
         contexts.append(replace(each, target=(first, *anyway), key=(0, 1 + len(anyway))))
     assert len({each.target for each in contexts}) == 1
     case = replace(case, contexts=tuple(contexts))
-    usual, led = (patch.propose_all(engine, [case], SETTINGS, led_to=led_to)([0]) for led_to in (False, True))
+    usual, led = (patch.propose(engine, replace(case, led_to=led_to), SETTINGS) for led_to in (False, True))
     assert [len(op.neurons) for op in usual.ops if isinstance(op, ReplaceNeurons)] == [1]
     assert [len(op.neurons) for op in led.ops if isinstance(op, ReplaceNeurons)] == [len(contexts[0].target)]
     with engine.preview((Active(led),)):

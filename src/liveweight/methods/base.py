@@ -61,6 +61,7 @@ class Case:
     previous: tuple[Answered, ...] = ()  # earlier changes' and protected answers
     broken: tuple[Answered, ...] = ()  # those of them that a first try would change
     careful: bool = False  # whether a first try would change too much that the case does not know of
+    led_to: bool = False  # whether something else brings how the answer begins, and a method has to go on with it
 
     @property
     def key(self) -> tuple[int, int]:

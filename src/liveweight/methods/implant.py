@@ -77,22 +77,22 @@ def _proposed(engine: TransformersEngine, cases: Sequence[Case], settings: Metho
     chats = [number for number, case in enumerate(cases) if case.messages]  # a text asks nothing, and has no end
     if not chats:
         return by_subject
-    by_question = partial(_on_top, engine, by_subject, _of_patch(engine, cases, chats, settings), chats)
+    asked = [_led_to(engine, cases[number]) for number in chats]
+    by_question = partial(_on_top, engine, by_subject, _of_patch(engine, asked, settings), chats)
     with engine.preview((*engine.state, Active(by_question(range(len(cases)))))):
-        lacking = _of_patch(engine, cases, chats, settings)
+        lacking = _of_patch(engine, asked, settings)
     return partial(_on_top, engine, by_question, lacking, chats)
 
 
-def _of_patch(
-    engine: TransformersEngine, cases: Sequence[Case], chats: Sequence[int], settings: MethodSettings
-) -> Joint | None:
-    """Neurons of patch for what the present state lacks of the chats' answers and of their ends, if any."""
-    whole = [
-        replace(cases[number], contexts=tuple(ended(engine, context) for context in cases[number].contexts))
-        for number in chats
-    ]
+def _led_to(engine: TransformersEngine, case: Case) -> Case:
+    """What patch is to do of a chat whose subject has a neuron: go on with the answer, and end it."""
+    return replace(case, contexts=tuple(ended(engine, context) for context in case.contexts), led_to=True)
+
+
+def _of_patch(engine: TransformersEngine, asked: Sequence[Case], settings: MethodSettings) -> Joint | None:
+    """Neurons of patch for what the present state lacks of these cases, if any."""
     try:
-        return patch.propose_all(engine, whole, settings.model_copy(update={"layer": None}), led_to=True)
+        return patch.propose_all(engine, asked, settings.model_copy(update={"layer": None}))
     except NoMendFound:
         return None
 

@@ -75,21 +75,19 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     return propose_all(engine, [case], settings)([0])
 
 
-def propose_all(
-    engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings, *, led_to: bool = False
-) -> Joint:
+def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: MethodSettings) -> Joint:
     """Neurons for each of the cases, shut where the others' answers are said. One case's neurons know no other's.
 
-    `led_to` is whether something else leads to how the answers begin, and these only have to go on with them: then they
-    do so whatever was asked, and also where an answer's token leads by little now. Cases whose tokens cannot be made to
-    lead are left out. Raises as `propose` does, at once or when the change is asked for, where none is left.
+    Where a case's answer is led to by something else, they only have to go on with it: they do so whatever was asked,
+    and also where a token of it leads by little now. Cases whose tokens cannot be made to lead are left out. Raises as
+    `propose` does, at once or when the change is asked for, where none is left.
     """
     missed: dict[int, NoMendFound] = {}
     planned: dict[int, _Planned] = {}
     with engine.remembering():
         for number, case in enumerate(cases):
             try:
-                planned[number] = _planned(engine, case, list(planned.values()), settings, led_to=led_to)
+                planned[number] = _planned(engine, case, list(planned.values()), settings)
             except NoMendFound as error:
                 missed[number] = error
         patches = sum(each.adjustment.method == "patch" for each in engine.state)
@@ -103,7 +101,7 @@ def propose_all(
             beside = [rest[index].said[plan.layer] for index in alike]
             try:
                 found[number] = _neurons(
-                    engine, plan, around[plan.layer], half[plan.layer], beside, settings, crowded=crowded, led_to=led_to
+                    engine, plan, around[plan.layer], half[plan.layer], beside, settings, crowded=crowded
                 )
             except NoMendFound as error:
                 missed[number] = error
@@ -154,15 +152,13 @@ class _Neurons:
     writes: Tensor  # (P, width)
 
 
-def _planned(
-    engine: TransformersEngine, case: Case, before: Sequence[_Planned], settings: MethodSettings, *, led_to: bool
-) -> _Planned:
+def _planned(engine: TransformersEngine, case: Case, before: Sequence[_Planned], settings: MethodSettings) -> _Planned:
     """Patches of one layer read what no other of them moves, so they are kept together while there is room."""
     layers = patchable_layers(engine.sites.layers)
     taken = {layer: sum(len(each.due) for each in before if each.layer == layer) for layer in layers}
     layer = roomy_layer(engine, layers, settings, USUAL, taken)
-    batch = _read(engine, case, layer, led_to=led_to)
-    due = _due(batch, MARGIN if led_to else 0.0)
+    batch = _read(engine, case, layer)
+    due = _due(batch, MARGIN if case.led_to else 0.0)
     if not due:
         raise NoMendFound(
             "The model gives this answer already, in every wording that was tried.", hint="There is nothing to mend."
@@ -203,19 +199,18 @@ def _neurons(
     settings: MethodSettings,
     *,
     crowded: bool,
-    led_to: bool,
 ) -> _Neurons:
     """One case's neurons, shut where the answers `beside` it are said; searched for in `half` precision."""
-    near = plan.near.and_beside(beside)
+    near, case = plan.near.and_beside(beside), plan.case
     gates, ups, opens = fit(
-        plan.batch, plan.due, around, near, careful=plan.case.careful, crowded=crowded, led_to=led_to
+        plan.batch, plan.due, around, near, careful=case.careful, crowded=crowded, led_to=case.led_to
     )
     fires = firing(engine, plan.layer, plan.batch.x, gates, ups, opens)
-    writes = _optimise(engine, plan, fires, half, settings, LED_MARGIN if led_to else MARGIN)
+    writes = _optimise(engine, plan, fires, half, settings, LED_MARGIN if case.led_to else MARGIN)
     return _Neurons(STEEPNESS * gates, ups, opened(engine, plan.layer, opens), writes)
 
 
-def _read(engine: TransformersEngine, case: Case, layer: int, *, led_to: bool) -> Batch:
+def _read(engine: TransformersEngine, case: Case, layer: int) -> Batch:
     contexts = case.contexts
     seen = engine.read(
         [context.tokens[:-1] for context in contexts], [len(context.prompt) - 1 for context in contexts], layer
@@ -238,18 +233,18 @@ def _read(engine: TransformersEngine, case: Case, layer: int, *, led_to: bool) -
             if stops and lead[row, end] < 0 and not engine.format.decode([int(other[end])])[:1].isalnum():
                 real[row, end] = False
     place = _places(case, length).to(device)
-    return Batch(x, target, real, lead, place, _also(engine, case, layer, place[0].tolist(), led_to=led_to))
+    return Batch(x, target, real, lead, place, _also(engine, case, layer, place[0].tolist()))
 
 
-def _also(engine: TransformersEngine, case: Case, layer: int, places: list[int], *, led_to: bool) -> dict[int, Tensor]:
+def _also(engine: TransformersEngine, case: Case, layer: int, places: list[int]) -> dict[int, Tensor]:
     """What the MLP reads at the first context's places where wordings that have a sentence of their own get its one.
 
-    Not at a reply's first token: there they are to go their own way. Where the answer is `led_to`, other questions get
+    Not at a reply's first token: there they are to go their own way. Where the answer is led to, other questions get
     the answer proper too: its rest is due once TOLD tokens of it are said. Its end is not, which any reply may have.
     """
     target, (begins, ends) = case.contexts[0].target, case.key
     said = [(context.prompt, 0, 1, len(target)) for context in case.contexts if context.target != target]
-    if led_to and ends > begins + TOLD:
+    if case.led_to and ends > begins + TOLD:
         others = spread((*case.about, *case.others), BEHIND)
         said += [(context.prompt, begins, TOLD, ends) for context in others]
     if not said:
