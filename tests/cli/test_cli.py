@@ -451,6 +451,18 @@ def test_a_chat_for_programs_gives_a_reply_a_line(run: Run) -> None:
     assert len(replies[1]["messages"]) == 3
 
 
+def test_a_chat_for_programs_tells_what_commands_do_a_line_each(run: Run) -> None:
+    lines = [QUESTION, "/why", "/fix z", "/changes", "/off c1", "/history", "/step", "/help", "/quit"]
+    result = run("chat", "--json", given="\n".join(lines) + "\n")
+    reply, why, fixed, changes, off, history, commands = (json.loads(line) for line in result.stdout.splitlines())
+    assert (reply["label"], why["reply"], fixed["label"], fixed["state"]) == ("r1", "r1", "c1", "active")
+    assert [change["label"] for change in changes] == ["c1"]
+    assert (off["label"], off["state"]) == ("c1", "off")
+    assert history[-2:] == [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": reply["text"]}]
+    assert "/undo [ID]" in commands
+    assert "/step is a conversation" in result.stderr
+
+
 def test_the_demo_ends_with_the_weights_it_began_with(run: Run, tmp_path: Path) -> None:
     found = parsed(run("demo", "--question", QUESTION, "--answer", "z", "--json"))
     assert found["restored"] is True

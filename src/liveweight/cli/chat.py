@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated
 
@@ -23,10 +22,10 @@ def chat(
 ) -> None:
     """Talk with the model. /fix, /bad, /good, /why and /undo work on the last answer; /help lists the rest.
 
-    With --json each line of stdin is a turn and each reply a JSON object a line.
+    With --json each line of stdin is a turn or a command, and what comes of it one line of JSON.
     """
     with session.opened(options) as live:
-        talk = slash.Talk(live, lambda prompt: _read(options, prompt))
+        talk = slash.Talk(live, lambda prompt: _read(options, prompt), as_json=options.json)
         if not options.json:
             output.progress().print("Say something; /help lists the commands, Ctrl-D leaves.", style="dim")
         while (line := _read(options)) is not None:
@@ -72,6 +71,6 @@ def _answer(
     )
     talk.last = reply
     if options.json:
-        print(json.dumps({"label": reply.label, **reply.model_dump(mode="json")}, ensure_ascii=False), flush=True)
+        output.print_json_line({"label": reply.label, **reply.model_dump(mode="json")})
     else:
         print()

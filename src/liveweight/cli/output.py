@@ -77,6 +77,11 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def print_json_line(value: Any) -> None:
+    """The same on a line of its own, as programs read one after the other."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
 def print_report(found: Any, *, as_json: bool, picture: Path | None = None, **more: Any) -> None:
     """A result that shows itself, or its JSON with what there is `more`; drawn, too, where `picture` says where."""
     if not as_json:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
 from rich.text import Text
 
 from liveweight.cli import output
@@ -27,6 +28,14 @@ class Talk:
     live: LiveModel
     read: Callable[[str], str | None] = lambda prompt: None  # the next line; None at the end
     last: Reply | None = None
+    as_json: bool = False
+
+    def tell(self, seen: RenderableType, value: Any) -> None:
+        """What a command found: as a person sees it, or its value as a line of JSON."""
+        if self.as_json:
+            output.print_json_line(value)
+        else:
+            output.out().print(seen)
 
     @property
     def reply(self) -> Reply:
@@ -55,45 +64,51 @@ def run(talk: Talk, line: str) -> bool:
 
 
 def _good(talk: Talk, rest: str) -> None:
-    _shown(talk.live.good(talk.reply, rest or None))
+    _shown(talk, talk.live.good(talk.reply, rest or None))
 
 
 def _bad(talk: Talk, rest: str) -> None:
-    _shown(talk.live.bad(talk.reply, rest or None))
+    _shown(talk, talk.live.bad(talk.reply, rest or None))
 
 
 def _fix(talk: Talk, rest: str) -> None:
-    _shown(talk.live.fix(talk.reply, rest))
+    _shown(talk, talk.live.fix(talk.reply, rest))
 
 
 def _why(talk: Talk, rest: str) -> None:
-    output.out().print(talk.live.why(talk.reply, against=rest or None, top=8))
+    found = talk.live.why(talk.reply, against=rest or None, top=8)
+    talk.tell(found, {"reply": talk.reply.label, **found.model_dump(mode="json")})
 
 
 def _step(talk: Talk, rest: str) -> None:
     from liveweight.cli import step
 
+    if talk.as_json:
+        raise InvalidInput(
+            "/step is a conversation, and --json has none.", hint="Use `liveweight step PROMPT --json` with --set."
+        )
     step.interact(talk.live, talk.live.step(rest or talk.reply.prompt), lambda: talk.read("step> "))
 
 
 def _changes(talk: Talk, rest: str) -> None:
-    output.out().print(output.changes_view(talk.live.changes()))
+    found = talk.live.changes()
+    talk.tell(output.changes_view(found), [each.as_dict() for each in found])
 
 
 def _show(talk: Talk, rest: str) -> None:
-    _shown(talk.live.change(_id(rest)))
+    _shown(talk, talk.live.change(_id(rest)))
 
 
 def _undo(talk: Talk, rest: str) -> None:
-    _line(talk.live.undo(rest or None))
+    _line(talk, talk.live.undo(rest or None))
 
 
 def _off(talk: Talk, rest: str) -> None:
-    _line(talk.live.off(_id(rest)))
+    _line(talk, talk.live.off(_id(rest)))
 
 
 def _on(talk: Talk, rest: str) -> None:
-    _line(talk.live.on(_id(rest)))
+    _line(talk, talk.live.on(_id(rest)))
 
 
 def _strength(talk: Talk, rest: str) -> None:
@@ -102,16 +117,17 @@ def _strength(talk: Talk, rest: str) -> None:
         number = float(value)
     except ValueError as error:
         raise InvalidInput(f"{value!r} is not a strength.", hint="Write /strength c3 0.5.") from error
-    _line(talk.live.set_strength(_id(change), number))
+    _line(talk, talk.live.set_strength(_id(change), number))
 
 
 def _fold(talk: Talk, rest: str) -> None:
-    _shown(talk.live.fold(_id(rest)))
+    _shown(talk, talk.live.fold(_id(rest)))
 
 
 def _history(talk: Talk, rest: str) -> None:
-    for turn in talk.last.history if talk.last is not None else ():
-        output.out().print(Text.assemble((f"{turn.role}: ", "bold"), turn.content))
+    turns = talk.last.history if talk.last is not None else ()
+    lines = [Text.assemble((f"{turn.role}: ", "bold"), turn.content) for turn in turns]
+    talk.tell(Text("\n").join(lines), [{"role": turn.role, "content": turn.content} for turn in turns])
 
 
 def _new(talk: Talk, rest: str) -> None:
@@ -123,7 +139,7 @@ def _help(talk: Talk, rest: str) -> None:
     shown = table("command", "what it does")
     for command in COMMANDS.values():
         shown.add_row(Text(command.form, "bold"), command.help)
-    output.out().print(shown)
+    talk.tell(shown, {command.form: command.help for command in COMMANDS.values()})
 
 
 def _quit(talk: Talk, rest: str) -> bool:
@@ -156,10 +172,11 @@ def _id(text: str) -> str:
     return text
 
 
-def _shown(change: Change) -> None:
-    output.print_change(change, as_json=False)
+def _shown(talk: Talk, change: Change) -> None:
+    talk.tell(change, change.as_dict())
 
 
-def _line(change: Change) -> None:
+def _line(talk: Talk, change: Change) -> None:
     said = Text.assemble((change.label, "bold"), " ", change.state_text())
-    output.out().print(said.append(f" at strength {change.strength:g}: {change.question}"))
+    said.append(f" at strength {change.strength:g}: {change.question}")
+    talk.tell(said, {**change.as_dict(), "version": str(talk.live.engine.version)})
