@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every arena figure of docs/benchmarks.md: benchmarks/arena.sh FOLDER OUT [PART ...]
+# Every arena figure of docs/benchmarks.md, at its full size: benchmarks/arena.sh FOLDER OUT [PART ...]
 # FOLDER holds the public data sets (see README.md), OUT is where runs, tables and pictures go. A part that was stopped
 # goes on when it is asked for again. Parts: single qaedit sequential table every lora digits steer learn; all of them
 # where none is named.

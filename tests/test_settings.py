@@ -142,3 +142,19 @@ def test_the_test_suite_s_own_switches_are_no_settings(monkeypatch: pytest.Monke
 def test_settings_cannot_be_changed_after_they_were_read() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().model = "other"  # type: ignore[misc]  # the assignment is what is tested
+
+
+def test_every_setting_stands_in_the_docs() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    said = {page.name: page.read_text(encoding="utf-8") for page in docs.glob("*.md")}
+    everywhere = "".join(said.values())
+    missing = []
+    for name, field in Settings.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        if name == "server":
+            missing += [f"server.{each}" for each in inner or () if f"`{each}`" not in said["server.md"]]
+        elif inner is not None:
+            missing += [f"{name}.{each}" for each in inner if f"`{name}.{each}`" not in everywhere]
+        elif f"`{name}`" not in everywhere:
+            missing.append(name)
+    assert missing == []

@@ -96,7 +96,9 @@ class MethodSettings(_Group):
         description="Other questions about a subject whose answers rome, implant, memit and alphaedit hold; "
         "the fewer, the more wordings of the question are reached.",
     )
-    max_neurons: int = Field(default=256, ge=1, description="The most neurons that select, scale and gain may change.")
+    max_neurons: int = Field(
+        default=256, ge=1, description="The most neurons that select, contrast, scale and gain may change."
+    )
     slopes: bool = Field(
         default=False, description="Whether gain may move slopes too, which cannot be folded into weights."
     )

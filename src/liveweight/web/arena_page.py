@@ -17,7 +17,7 @@ from liveweight.web.frame import Frame
 from liveweight.web.parts import aside, drawing, table, tag, when_written
 
 _LARGEST = 50_000_000  # bytes of a file that is looked into
-_HINT = "liveweight arena --data countries --methods all --out {folder}/arena.json"
+_HINT = "liveweight arena --data counterfact --folder FOLDER --methods all --workspace NEW --out {folder}/arena.json"
 
 
 class ArenaPage:
@@ -45,7 +45,7 @@ class ArenaPage:
         found = await aside(runs, folder)
         with self._runs:
             if not found:
-                tag("p", "There are no results in this workspace yet. Make some while the server is stopped:")
+                tag("p", "There are no results in this workspace yet. Make some, on the base model in a new workspace:")
                 tag("pre", _HINT.format(folder=folder), "panel", "scroll", tabindex="0")
             for path, data in found:
                 _run(path, data)
