@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from liveweight import judging, learning
 from liveweight.adjustments import LowRank, State
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput, UnknownMethod
+from liveweight.errors import InvalidInput, NoMendFound, UnknownMethod
 from liveweight.guard import Guard, GuardReport
 from liveweight.learning import Learner
 from liveweight.lessons import lesson, read_lessons
@@ -124,6 +125,32 @@ def test_what_moves_a_single_item_too_far_is_left_out_and_fixed_alone(
     assert found.changes == ("c1", "c2")
 
 
+def test_a_correction_that_no_case_can_be_made_of_leaves_the_others_together(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = learning.build_case
+
+    def refuse(engine: TransformersEngine, messages: Any, *rest: Any, **more: Any) -> Case:
+        if messages[-1].content == QUESTION:
+            raise NoMendFound("no case.", hint="Ask otherwise.")
+        return build(engine, messages, *rest, **more)
+
+    monkeypatch.setattr(learning, "build_case", refuse)
+    monkeypatch.setattr(judging, "build_case", refuse)
+    found = live.learn([*FIXES, {"prompt": "hello?", "correction": "a"}], method="shout")
+    assert [(item.outcome, item.why) for item in found.items[:1]] == [("failed", "no case.")]
+    assert {item.outcome for item in found.items[1:]} <= {"learnt", "already"}
+
+
+def test_the_report_shows_an_answer_that_came(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Learner, "_right", lambda _, trial, items: [bool(trial) and index > 0 for index in range(2)])
+    fixes = [{"prompt": QUESTION, "correction": "a"}, {"prompt": OTHER, "correction": "b"}]
+    found = live.learn(fixes, method="shout")
+    report = live.change(str(found.changes[0])).report
+    assert report is not None
+    assert (report.question, report.wanted) == (OTHER, "b")
+
+
 def test_ratings_are_judged_one_by_one_beside_the_joint_change(live: LiveModel) -> None:
     records = [{"prompt": OTHER, "rating": "up"}, {"prompt": QUESTION, "correction": "a"}]
     found = live.learn(records, method="shout")
@@ -152,7 +179,16 @@ def test_records_come_in_several_spellings() -> None:
     assert lesson({"question": "q", "expected": "a"}).kind == "fix"
     assert lesson({"prompt": "q", "response": "r", "label": False}).kind == "bad"
     assert lesson({"messages": [{"role": "user", "content": "q"}], "rating": "+1"}).prompt == "q"
-    for bad in ({"prompt": "q"}, {"correction": "a"}, {"prompt": "q", "rating": "so so"}, {"prompt": 3, "rating": 1}):
+    assert lesson({"prompt": "q", "correction": " ", "rating": "bad"}).kind == "bad"
+    assert lesson({"prompt": "q", "correction": " a\n"}).correction == "a"
+    blank = {"prompt": "q", "correction": " "}
+    for bad in (
+        blank,
+        {"prompt": "q"},
+        {"correction": "a"},
+        {"prompt": "q", "rating": "so so"},
+        {"prompt": 3, "rating": 1},
+    ):
         with pytest.raises(InvalidInput):
             lesson(bad)
 

@@ -198,10 +198,21 @@ class Learner:
         return found + [item for item in made if item.outcome != "failed"]
 
     def _items(self, lessons: Sequence[Lesson], replies: Sequence[Reply]) -> list[_Item]:
-        """The corrections with their cases; few enough to be remembered."""
+        """The corrections with their cases; few enough to be remembered.
+
+        One that no case can be made of is left out, so that it is judged on its own, which says why.
+        """
         # What building the cases will ask for, many at once.
         self._engine.greedy([prompt for each in replies for prompt in prompts_of(self._engine, each.prompt)], OPENING)
-        return [_Item(lesson, reply, self._case(lesson, reply)) for lesson, reply in zip(lessons, replies, strict=True)]
+        found = []
+        for lesson, reply in zip(lessons, replies, strict=True):
+            try:
+                found.append(_Item(lesson, reply, self._case(lesson, reply)))
+            except GenerationCancelled:
+                raise
+            except LiveweightError:
+                continue
+        return found
 
     def _case(self, lesson: Lesson, reply: Reply) -> Case:
         spoken = self._judge.spoken(reply)
@@ -327,7 +338,7 @@ class Learner:
             return [there or works(self._engine, item.case) for there, item in zip(right, items, strict=True)]
 
     def _report(self, trial: _Trial) -> Report:
-        first = trial.items[0]
+        first = next((item for item, there in zip(trial.items, trial.right, strict=True) if there), trial.items[0])
         return Report(
             verdict="learn",
             question=first.lesson.prompt,

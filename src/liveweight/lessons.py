@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from liveweight.errors import InvalidInput
 
@@ -37,6 +37,12 @@ class Lesson(BaseModel):
     rating: Rating | None = None
     correction: str | None = None
     number: int = 0  # of its line
+
+    @field_validator("correction")
+    @classmethod
+    def _some_text(cls, text: str | None) -> str | None:
+        """A blank correction is none."""
+        return (text or "").strip() or None
 
     @property
     def kind(self) -> Literal["fix", "bad", "good"]:

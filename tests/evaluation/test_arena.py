@@ -10,13 +10,14 @@ import pytest
 
 from liveweight.adjustments import Adjustment, LowRank
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput
+from liveweight.errors import InvalidInput, NoMendFound
 from liveweight.evaluation import Edit, EditScores
 from liveweight.evaluation.arena import Arena, Mode, Plan
 from liveweight.evaluation.arena_report import figure, markdown, summary
 from liveweight.guard import Guard
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS, Case
+from liveweight.methods.base import Joint
 from liveweight.settings import GuardSettings, MethodSettings
 from tests.tiny_workspace import SHOUT, tiny_settings
 
@@ -82,9 +83,58 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_figures(mode: Mode, tm
         again = arena(live, mode, ("shout",)).run(tmp_path / "broken.json", resume=True)
         with pytest.raises(InvalidInput, match="cases was 3, not 2"):
             arena(live, mode, ("shout",), EDITS[:2]).run(tmp_path / "broken.json", resume=True)
+        with pytest.raises(InvalidInput, match="holds a run whose ground was"):
+            other = Arena(live.engine, live.guard, SETTINGS, broken.plan, neutral=["who?"], text="a b c d e f g h")
+            other.run(tmp_path / "broken.json", resume=True)
+        with pytest.raises(InvalidInput, match="holds a run whose guard was"):
+            other = arena(live, mode, ("shout",))
+            other.guard = Guard(live.engine, GuardSettings(tokens=3), tmp_path / "guard", live.guard.probes)
+            other.run(tmp_path / "broken.json", resume=True)
     same = ("efficacy", "paraphrase", "neighbourhood", "chat", "kl", "perplexity_ratio", "made")
     for one, other in zip(summary(whole), summary(again), strict=True):
         assert [one.get(name) for name in same] == pytest.approx([other.get(name) for name in same])
+
+
+def test_a_sequence_that_was_stopped_while_it_was_measured_is_measured_there_again(tmp_path: Path) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        broken = arena(live, "sequential", ("shout",))
+
+        def die(what: str, done: int, of: int) -> None:
+            if what.startswith("shout: measuring") and done == 2:
+                raise Killed
+
+        broken._progress = die
+        with pytest.raises(Killed):
+            broken.run(tmp_path / "broken.json")
+        again = arena(live, "sequential", ("shout",)).run(tmp_path / "broken.json", resume=True)
+    assert [point["edits"] for point in again["points"]["shout"]] == [1, 2, 3]
+
+
+def test_weights_of_two_bytes_are_told_to_be_the_old_ones(tmp_path: Path) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path, dtype="bfloat16")) as live:
+        (row,) = arena(live, "single", ("shout",), EDITS[:1]).run(tmp_path / "run.json")["methods"]["shout"]
+    assert row["undo_exact"]
+
+
+def test_a_method_that_finds_nothing_for_all_at_once_leaves_the_others_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(engine: TransformersEngine, cases: object, settings: MethodSettings) -> Joint:
+        raise NoMendFound("there is no room.", hint="Make some.")
+
+    monkeypatch.setitem(METHODS, "memit", replace(METHODS["memit"], together=nothing))
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        data = arena(live, "batch", ("memit", "shout")).run(tmp_path / "run.json")
+    assert "memit found nothing in 3 of 3 cases; the first: there is no room." in markdown(data)
+    assert [row["made"] for row in summary(data)[1:]] == [0, 3]
+
+
+def test_a_model_that_ends_its_reply_at_once_has_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        run = arena(live, "sequential", ("shout",), EDITS[:1])
+        monkeypatch.setattr(live.engine, "generate", lambda *_: iter(["end"]))
+        (point,) = run.run(tmp_path / "run.json")["points"]["shout"]
+    assert point["decode_speed"] is None
 
 
 def test_a_sequence_is_measured_by_a_sample_and_ends_where_the_model_collapsed(tmp_path: Path) -> None:

@@ -46,6 +46,19 @@ def test_all_answers_stay_on_the_base_and_the_changed_ones_are_named(engine: Tra
     assert found.unchanged == 5 - len(found.changed) < 5
 
 
+def test_an_answer_that_goes_on_where_it_ended_is_another(engine: TransformersEngine) -> None:
+    """Without a full stop only the token behind the sentence tells that it is over."""
+    for kept_one in kept(engine):
+        for length in range(1, len(kept_one.reply)):
+            cut = kept_one.reply[:length]
+            text = engine.format.decode(cut)
+            if text.strip() and "\n" not in text and not text.endswith((".", "!", "?", " ")):
+                ended = Kept(kept_one.question, (*cut, engine.format.end_of_reply or 0))
+                assert NeighbourMeter(engine, [ended], 8).measure().unchanged == 0
+                return
+    raise AssertionError("no reply of this model has such a beginning")
+
+
 def test_a_changed_answer_may_still_be_right(engine: TransformersEngine) -> None:
     shaken(engine, 2.0)
     now = answer_batch(engine, QUESTIONS[:1], 8)[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from liveweight.errors import InvalidInput
-from liveweight.evaluation import Edit
+from liveweight.evaluation import Edit, tuning
 from liveweight.evaluation.tuning import Tried, choose, tune
 from liveweight.live_model import LiveModel
 from liveweight.methods.tuned import keep_tuned, read_tuned, settings_for, tuned_file
@@ -37,6 +37,7 @@ def test_a_search_is_kept_gone_on_with_and_used(tmp_path: Path) -> None:
         )[0]
         assert live.fingerprints() == before
         assert again.tried[:2] == first.tried
+        assert again.tried[2].settings not in [each.settings for each in first.tried]
         assert done == [0, 2]  # what the model says, and the one trial that was missing
         assert first.tried[0].settings["margin"] == settings.margin  # the defaults come first
         assert read_tuned(live.engine) == {"rome": again.chosen.settings}
@@ -44,6 +45,23 @@ def test_a_search_is_kept_gone_on_with_and_used(tmp_path: Path) -> None:
         assert free.layer == again.chosen.settings["layer"]
         assert settings_for(live.engine, "rome", MethodSettings(layer=0)).layer == 0
         assert settings_for(live.engine, "memit", settings) is settings
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_search_that_was_stopped_in_its_first_trial_begins_with_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = MethodSettings(max_steps=5)
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(tuning, "_measured", interrupted)
+            tune(live.engine, live.guard, settings, EDITS, ["rome"], trials=2)
+        (found,) = tune(live.engine, live.guard, settings, EDITS, ["rome"], trials=2)
+    assert len(found.tried) == 2
+    assert found.tried[0].settings["margin"] == settings.margin
 
 
 def test_a_file_that_cannot_be_used_counts_for_nothing(tmp_path: Path) -> None:

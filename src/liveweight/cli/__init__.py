@@ -86,7 +86,7 @@ class Verbs(TyperGroup):
             output.print_error(error, as_json=bool(ctx.meta.get(JSON_WISHED)))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            output.progress().print("Interrupted. The ledger and the weights are as they were.")
+            output.progress().print("Interrupted. Ledger and weights agree; what was committed before stays.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise typer.Exit(1) from None

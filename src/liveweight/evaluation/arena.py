@@ -23,7 +23,7 @@ import torch
 
 from liveweight.adjustments import Active, Adjustment
 from liveweight.engines.base import Message, Sampling
-from liveweight.engines.transformers import TransformersEngine
+from liveweight.engines.transformers import TransformersEngine, raw_bytes
 from liveweight.errors import InvalidInput, NoMendFound, StateConflict, Unsupported
 from liveweight.evaluation.damage import KLMeter, PerplexityMeter
 from liveweight.evaluation.edit_metrics import EditMeter, EditScores, mean
@@ -50,7 +50,7 @@ _ROUNDS = 5  # of decoding, with and without the changes
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: everything that decides the figures."""
+    """What is run, in which way."""
 
     data: str
     cases: tuple[Edit, ...]
@@ -63,7 +63,7 @@ class Plan:
     collapse: float = COLLAPSE  # the perplexity ratio from which on a sequence is not gone on with
 
     def header(self, engine: TransformersEngine, settings: MethodSettings) -> Row:
-        """As the run's file says it; another header is another run. Methods may be added to a run."""
+        """As the run's file says it; methods may be added to a run, so they are not in it."""
         told = json.dumps([asdict(case) for case in self.cases], sort_keys=True)
         return {
             "model": engine.info.name,
@@ -74,6 +74,7 @@ class Plan:
             "cases_hash": hashlib.sha256(told.encode()).hexdigest()[:16],
             "mode": self.mode,
             "points": [point for point in self.points if point <= len(self.cases)] if self.mode != "single" else [],
+            **({"damage_every": self.damage_every} if self.mode == "single" else {}),
             **({"measured": self.measured, "collapse": self.collapse} if self.mode == "sequential" else {}),
             "seed": self.seed,
             "settings": settings.model_dump(mode="json"),
@@ -101,6 +102,8 @@ class Arena:
             raise StateConflict("The arena needs the base model.", hint="Use a workspace without active changes.")
         self.engine, self.guard, self.settings, self.plan = engine, guard, settings, plan
         self._progress = progress
+        ground = json.dumps([list(neutral), text, text_tokens, engine.format.system, guard.probes.hash])
+        self._ground = hashlib.sha256(ground.encode()).hexdigest()[:16]
         torch.manual_seed(plan.seed)
         random.seed(plan.seed)
         progress("reading what the model says now", 0, len(plan.cases))
@@ -111,13 +114,17 @@ class Arena:
     def run(self, file: Path, *, resume: bool = False) -> Row:
         """Everything that the plan asks for and `file` does not hold yet; what it holds in the end.
 
-        Raises InvalidInput where the file is another run's, or is there and is not to be gone on with.
+        Raises InvalidInput where the file is another run's (other cases, settings, budgets, or other questions and text
+        that damage is measured on), or is there and is not to be gone on with, and for an unknown method.
         """
-        record = Records.open(file, self.plan.header(self.engine, self.settings), resume=resume)
+        for name in self.plan.methods:
+            self._check(name)
+        header = self.plan.header(self.engine, self.settings)
+        header |= {"ground": self._ground, "guard": self.guard.settings.model_dump(mode="json")}
+        record = Records.open(file, header, resume=resume)
         for edit in self._cases("unedited", len(record.rows("unedited"))):
             record.add("unedited", self._row(edit, self._meter.measure(edit)))
         for name in self.plan.methods:
-            self._check(name)
             if self.plan.mode == "single":
                 self._single(name, record)
             else:
@@ -200,6 +207,7 @@ class Arena:
         try:
             state = tuple(Active(each) for each in kept.load(sum(row["outcome"] == "made" for row in rows)))
             engine.become(state)
+            self._measured_here(name, rows, points, record)  # where it was stopped while it measured
             together = METHODS[name].together if name in METHODS else None
             if self.plan.mode == "batch" and together is not None:
                 if not rows:
@@ -219,9 +227,7 @@ class Arena:
                         kept.add(found)
                     rows.append(row)
                     record.save()
-                    if self.plan.mode == "sequential" and len(rows) in self.plan.points:
-                        self._point(name, rows, points)
-                        record.save()
+                    self._measured_here(name, rows, points, record)
             if len(rows) not in [point["edits"] for point in points]:
                 self._point(name, rows, points)
             points[-1]["collapsed"] = self._collapsed(points)
@@ -236,14 +242,25 @@ class Arena:
         assert together is not None
         self._progress(name, 0, len(self.plan.cases))
         first: Row = {}
-        with _measured(first), self.engine.remembering():
-            cases = [self._case(name, edit, ()) for edit in self.plan.cases]
-            joint = together(self.engine, cases, self._settings_of(name))
-            found = sparing(self.engine, joint(range(len(cases))))
+        try:
+            with _measured(first), self.engine.remembering():
+                cases = [self._case(name, edit, ()) for edit in self.plan.cases]
+                joint = together(self.engine, cases, self._settings_of(name))
+                found = sparing(self.engine, joint(range(len(cases))))
+        except (NoMendFound, Unsupported) as error:
+            rows += [self._row(edit) | {"outcome": "nothing", "why": error.message} for edit in self.plan.cases]
+            return
         self.engine.become((Active(found),))
         kept.add(found)
         rows += [self._row(edit) | {"outcome": "made", "seconds": 0.0} for edit in self.plan.cases]
         rows[0] |= first | {"note": found.note}
+
+    def _measured_here(self, name: str, rows: list[Row], points: list[Row], record: Records) -> None:
+        """A sequence's point, where the plan has one behind so many edits, unless it was measured before."""
+        planned = self.plan.mode == "sequential" and len(rows) in self.plan.points
+        if planned and len(rows) not in [point["edits"] for point in points]:
+            self._point(name, rows, points)
+            record.save()
 
     def _point(self, name: str, rows: list[Row], points: list[Row]) -> None:
         """Everything so far, or a sample of it, under the weights of now."""
@@ -335,28 +352,34 @@ class Arena:
         engine = self.engine
         views = [engine.sites.weight(site) for site in engine.weights.touched((Active(found),))]
         with engine.gate.step():
-            return [hashlib.sha256(view.parameter.detach().cpu().numpy().tobytes()).hexdigest() for view in views]
+            return [hashlib.sha256(raw_bytes(view.parameter).data).hexdigest() for view in views]
 
-    def _decode_speed(self) -> float:
-        """Tokens a second of greedy decoding, as a share of the base model's; both in turns, for machines are noisy."""
+    def _decode_speed(self) -> float | None:
+        """Tokens a second of greedy decoding, as a share of the base model's; both in turns, for machines are noisy.
+
+        None where a model ends its reply before there is anything to time.
+        """
         now = self.engine.state
         base, changed = list[float](), list[float]()
         try:
             for _ in range(_ROUNDS):
                 for state, spent in (((), base), (now, changed)):
                     self.engine.become(state)
-                    spent.append(self._decode_ms())
+                    took = self._decode_ms()
+                    if took is None:
+                        return None
+                    spent.append(took)
         finally:
             self.engine.become(now)
         return median(base) / median(changed)
 
-    def _decode_ms(self, tokens: int = 24) -> float:
-        """Milliseconds a token of greedy decoding, under the state of now."""
+    def _decode_ms(self, tokens: int = 24) -> float | None:
+        """Milliseconds a token of greedy decoding, under the state of now; None of a reply of one token."""
         marks = [time.perf_counter()]
         question = [Message("user", "Write a short story about a lighthouse.")]
         for _ in self.engine.generate(question, Sampling(max_tokens=tokens)):
             marks.append(time.perf_counter())
-        return 1000 * median(later - earlier for earlier, later in pairwise(marks[1:]))
+        return 1000 * median(later - earlier for earlier, later in pairwise(marks[1:])) if len(marks) > 2 else None
 
 
 def case_of(engine: TransformersEngine, edit: Edit, previous: Sequence[Answered] = ()) -> Case:

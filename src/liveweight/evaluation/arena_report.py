@@ -64,9 +64,8 @@ def markdown(data: Mapping[str, Any]) -> str:
         made = "" if row["made"] is None else f"{row['made']} of {row['cases']}"
         first = [row["method"], *([str(row["cases"])] if data["run"]["mode"] != "single" else []), made]
         lines.append(f"| {' | '.join([*first, *(_written(row.get(key), how) for _, key, how in shown)])} |")
-    run = ", ".join(
-        f"{name} {value}" for name, value in {**data["run"], **data["machine"]}.items() if name != "settings"
-    )
+    told = {**data["run"], **data["machine"]}
+    run = ", ".join(f"{name} {value}" for name, value in told.items() if name not in ("settings", "guard"))
     return "\n".join([*lines, "", *_nothing_found(data), f"Run: {run}."])
 
 

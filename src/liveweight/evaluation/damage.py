@@ -60,10 +60,11 @@ class NeighbourMeter:
         ]
 
     def _sentence(self, reply: tuple[int, ...]) -> tuple[int, ...]:
+        """The first sentence's tokens, and the one that ends it where that is no mark of its own."""
         decode = self.engine.format.decode
-        length = len(first_sentence(decode(reply)))
-        taken = next((n for n in range(1, len(reply)) if len(decode(reply[:n]).strip()) >= length), len(reply))
-        return reply[:taken]
+        sentence = first_sentence(decode(reply))
+        taken = next((n for n in range(1, len(reply)) if len(decode(reply[:n]).strip()) >= len(sentence)), len(reply))
+        return reply[: taken + (not sentence.endswith((".", "!", "?")))]
 
     def measure(self) -> Neighbours:
         """Under the weights of now."""

@@ -84,11 +84,11 @@ def tune(
             storage=f"sqlite:///{file}",
             load_if_exists=True,
             directions=("maximize", "minimize"),
-            sampler=optuna.samplers.TPESampler(seed=seed),
         )
-        if not study.trials:
-            study.enqueue_trial(defaults(name, engine, settings))
+        study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))  # gone on with, it draws others
         done = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
+        if not done:
+            study.enqueue_trial(defaults(name, engine, settings))
         for number in range(done, trials):
             progress(name, number, trials)
             trial = study.ask()

@@ -180,7 +180,7 @@ def _planned(engine: TransformersEngine, case: Case, before: Sequence[_Planned],
 
 def _recorded(engine: TransformersEngine, case: Case, batch: Batch, due: list[int], layer: int) -> Replay:
     """The contexts from their first due place on. Tokens before it feel nothing: they are part of what was there."""
-    begins = _begins(_wanted(batch, due))
+    begins = _begins(case, _wanted(batch, due))
     return engine.record(
         [context.tokens[:-1] for context in case.contexts],
         [len(context.prompt) - 1 + begin for context, begin in zip(case.contexts, begins, strict=True)],
@@ -287,9 +287,12 @@ def _wanted(batch: Batch, due: list[int]) -> Tensor:
     return torch.isin(batch.place, torch.tensor(due, device=batch.place.device)) & batch.real
 
 
-def _begins(wanted: Tensor) -> list[int]:
+def _begins(case: Case, wanted: Tensor) -> list[int]:
     """Each context's first token that is to be made to lead, or its last one."""
-    return [int(row.float().argmax()) if bool(row.any()) else len(row) - 1 for row in wanted.cpu()]
+    return [
+        int(row.float().argmax()) if bool(row.any()) else len(context.target) - 1
+        for context, row in zip(case.contexts, wanted.cpu(), strict=True)
+    ]
 
 
 def _optimise(
@@ -310,7 +313,7 @@ def _optimise(
     goal = torch.where(wanted, margin, batch.lead.clamp(max=margin) * 0.5)
     contexts = [
         (row, len(context.prompt) - 1, step)
-        for row, (context, begin) in enumerate(zip(plan.case.contexts, _begins(wanted), strict=True))
+        for row, (context, begin) in enumerate(zip(plan.case.contexts, _begins(plan.case, wanted), strict=True))
         for step in range(begin, len(context.target))
         if bool(batch.real[row, step])
     ]
@@ -349,7 +352,8 @@ def _optimise(
         with torch.no_grad():
             size = gradient.norm().clamp(min=1e-12)
             writes.sub_(gradient / size * (loss / size).clamp(max=most))
-    if float(gap.detach()[rows == 0].max()) >= margin:
+    asked = gap.detach()[rows == 0]
+    if len(asked) and float(asked.max()) >= margin:
         raise NoMendFound(
             f"After {settings.max_steps} steps the wished answer still does not lead (short by {worst:.1f} nats).",
             hint="Name another layer, or raise methods.max_steps.",
