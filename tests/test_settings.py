@@ -158,3 +158,25 @@ def test_every_setting_stands_in_the_docs() -> None:
         elif f"`{name}`" not in everywhere:
             missing.append(name)
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "form"),
+    [("LIVEWEIGHT_SERVER__ORIGINS", "https://a.b", '["one", "two"]'), ("LIVEWEIGHT_GUARD", "abc", '{"name": value}')],
+)
+def test_a_variable_of_many_values_that_is_not_json_is_named(
+    variable: str, value: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InvalidInput, match=f"{variable} cannot be '{value}'") as caught:
+        Settings()
+    assert form in (caught.value.hint or "")
+
+
+def test_a_home_is_written_with_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = Settings(workspace="~/a", cache_dir="~/b", guard={"probe_file": "~/c"})
+    assert (settings.workspace, settings.cache_dir) == (tmp_path / "a", tmp_path / "b")
+    assert settings.guard.probe_file == tmp_path / "c"
+    with pytest.raises(InvalidInput, match="workspace"):
+        Settings(workspace="~nobody-of-that-name/a")

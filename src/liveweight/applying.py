@@ -36,6 +36,7 @@ def apply(
     phases = Phases()
     if not adjustment.ops:
         raise InvalidInput("The adjustment has no ops, so there is nothing to apply.", hint="Give it one at least.")
+    engine.check((*engine.state, Active(adjustment)))
     if not force:
         adjustment = sparing(engine, adjustment)
         if not adjustment.ops:
@@ -44,7 +45,6 @@ def apply(
                 hint="Commit it all the same with --force.",
             )
     candidate = (*engine.state, Active(adjustment))
-    engine.check(candidate)
     asked = prompt if prompt is not None else next((each.question for each in guard.probes.chats), _ASKED)
     tokens = tuple(engine.encode([Message("user", asked)]))
     say("measuring what else would change")

@@ -111,7 +111,7 @@ class LiveModel(Reading):
             settings = Settings(**({"model": name} if name else {}), **flags)
         elif name is not None:
             settings = settings.model_copy(update={"model": name})
-        ledger = Ledger.open(settings.workspace.expanduser(), settings.database_url)
+        ledger = Ledger.open(settings.workspace, settings.database_url)
         try:
             say(f"loading {settings.model}")
             source = resolve(settings.model, settings=settings)
@@ -578,7 +578,7 @@ class LiveModel(Reading):
     def history(self, *, limit: int | None = None) -> list[Event]:
         """The journal, oldest first; with a limit, its end."""
         events = self.ledger.events()
-        return events if limit is None else events[-limit:]
+        return events if limit is None else events[max(0, len(events) - limit) :]
 
     def fingerprints(self) -> dict[str, str]:
         """sha256 of every tensor's bytes as they are now, by parameter name."""

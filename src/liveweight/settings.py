@@ -11,14 +11,21 @@ The TOML file is the one that `LIVEWEIGHT_CONFIG` names, else `liveweight.toml` 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from liveweight.errors import InvalidInput
 
@@ -26,6 +33,14 @@ ENV_PREFIX = "LIVEWEIGHT_"
 CONFIG_VARIABLE = "LIVEWEIGHT_CONFIG"
 # Variables with our prefix that are not settings: where the file is, and the test suite's own switches.
 _NOT_SETTINGS = ("LIVEWEIGHT_CONFIG", "LIVEWEIGHT_TEST_")
+
+
+def _expanded(path: Path | None) -> Path | None:
+    """A path as a person writes it, with what ~ stands for."""
+    try:
+        return None if path is None else path.expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise ValueError(str(error)) from error
 
 
 class _Group(BaseModel):
@@ -69,6 +84,8 @@ class GuardSettings(_Group):
         default=None, description="A JSON Lines file of probes used instead of the built-in set."
     )
 
+    _expand = field_validator("probe_file")(_expanded)
+
 
 class MethodSettings(_Group):
     """How methods look for a change."""
@@ -111,6 +128,8 @@ class MethodSettings(_Group):
     covariance_text: Path | None = Field(
         default=None, description="A plain text to take key statistics from; unset is ours."
     )
+
+    _expand = field_validator("covariance_text")(_expanded)
 
 
 class ServerSettings(_Group):
@@ -207,6 +226,8 @@ class Settings(BaseSettings):
     methods: MethodSettings = Field(default=MethodSettings(), description="How methods look for a change.")
     server: ServerSettings = Field(default=ServerSettings(), description="How the model is served.")
 
+    _expand = field_validator("workspace", "cache_dir")(_expanded)
+
     def __init__(self, **flags: Any) -> None:
         """Read every source. `flags` win over the environment, which wins over the TOML file."""
         _refuse_unknown_variables()
@@ -214,6 +235,8 @@ class Settings(BaseSettings):
             super().__init__(**flags)
         except ValidationError as error:
             raise _explained(error, flags) from error
+        except SettingsError as error:
+            raise _not_json(error) from error
 
     @classmethod
     def settings_customise_sources(
@@ -281,6 +304,42 @@ def _refuse_unknown_variables() -> None:
             setting=variable,
             value=value,
         )
+
+
+def _not_json(error: SettingsError) -> InvalidInput:
+    """Say of an environment variable that holds many values which one it is, and how it is written."""
+    for variable, value in os.environ.items():
+        if variable.upper() in _variable_names():
+            field = _field_at(variable.upper().removeprefix(ENV_PREFIX).lower().split("__"))
+            many = field == "a group" or get_origin(field) is tuple
+            if many and not _is_json(value):
+                form = '{"name": value}' if field == "a group" else '["one", "two"]'
+                return InvalidInput(
+                    f"The environment variable {variable} cannot be {value!r}: it is not JSON.",
+                    hint=f"Write it as {form}, or unset it.",
+                    setting=variable,
+                    value=value,
+                )
+    return InvalidInput(f"The settings cannot be read: {error}.", hint="See the variables that begin with LIVEWEIGHT_.")
+
+
+def _field_at(path: list[str]) -> Any:
+    """What kind of value a setting takes; "a group" where it is several settings."""
+    model: type[BaseModel] = Settings
+    for part in path[:-1]:
+        annotation = model.model_fields[part].annotation
+        assert isinstance(annotation, type)  # only groups have something below them
+        model = annotation
+    annotation = model.model_fields[path[-1]].annotation
+    return "a group" if isinstance(annotation, type) and issubclass(annotation, _Group) else annotation
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _explained(error: ValidationError, flags: dict[str, Any]) -> InvalidInput:

@@ -42,7 +42,7 @@ class Shown:
         return console
 
 
-def table(*columns: str, title: str | None = None) -> Table:
+def table(*columns: str, title: str | Text | None = None) -> Table:
     """An empty table in the house's look; a column whose name ends in > stands on the right."""
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False, expand=False)
     for column in columns:

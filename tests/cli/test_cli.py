@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from liveweight.cli import app
+from liveweight.cli import app, output
+from liveweight.cli.contrast import read_prompts
 from liveweight.cli.demo import fingerprint
+from liveweight.cli.steer import _side_by_side
+from liveweight.errors import InvalidInput
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS
 from tests.tiny_workspace import LOOSE, OTHER, QUESTION, SHOUT, save_tiny_model, tiny_settings
@@ -575,6 +580,11 @@ def test_a_super_weight_s_report_needs_a_super_weight(run: Run, tmp_path: Path) 
         (["quantize", "--bits", "9"], "equal to 8"),
         (["quantize", "--block", "x"], "block"),
         (["quantize", "--force"], "--keep"),
+        (["quantize", "--keep", "--preview"], "not both"),
+        (["steer", "a - b", "--keep", "--preview"], "not both"),
+        (["features", "1", "--steer", "1", "--keep", "--preview"], "not both"),
+        (["diff", "a", "b", "--keep", "--preview"], "not both"),
+        (["clamp", "1:2=3", "--raw", "--prompt", "a"], "one token"),
         (["quantize", "--clip-z", "3", "--clip-percentile", "99"], "not both"),
         (["quantize", "--keep-super-activations"], "--activations"),
         (["super-weights", "--data", "x"], "--report"),
@@ -661,3 +671,59 @@ def test_diff_refuses_what_cannot_be(run: Run, tmp_path: Path) -> None:
         code = 1 if said == "no model" else 2
         assert said in told(run("diff", *words, "--json", code=code))["message"]
     assert "are the same" in " ".join(run("diff", one, one).stdout.split())
+
+
+def test_the_demo_leaves_the_ledger_of_the_environment_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "real.sqlite3"
+    monkeypatch.setenv("LIVEWEIGHT_DATABASE_URL", f"sqlite:///{real}")
+    assert parsed(run("demo", "--question", QUESTION, "--answer", "z", "--json"))["restored"]
+    assert not real.exists()
+
+
+@pytest.mark.parametrize(("words", "says"), [(["--threads", "0"], "threads"), (["--model", ""], "model")])
+def test_an_option_that_is_given_and_empty_is_not_left_out(run: Run, words: list[str], says: str) -> None:
+    assert says in told(run("ask", QUESTION, *words, "--json", code=2))["message"]
+
+
+def test_changes_are_those_of_the_model_however_its_folder_is_written(run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    run("fix", QUESTION, "z", "--model", f"{model}/")
+    for name in (str(model), f"{model}/.", f"{model}/../model"):
+        assert [change["label"] for change in parsed(run("changes", "--model", name, "--json"))] == ["c1"]
+    assert "has not been used in this workspace" in run("changes", "--model", "smollm2").stderr
+
+
+def test_a_number_that_json_lacks_is_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"ratio": float("nan"), "kl": float("inf"), "path": Path("a")})
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"ratio": "NaN", "kl": "Infinity", "path": "a"}
+
+
+def test_a_question_is_shown_as_it_is_asked() -> None:
+    shown = Console(width=60, file=io.StringIO())
+    shown.print(_side_by_side("What does [/INST] in a[i] mean?", "x", "y"))
+    assert "[/INST] in a[i]" in " ".join(shown.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('\ufeff{"prompt": "a\\u2028b"}\n{"prompt": "c", "answer": "d"}', ["a\u2028b", ("c", "d")]),
+        ('{"prompt": "a\u2028b"}\r\n', ["a\u2028b"]),
+        ("a\n\nb", ["a", "b"]),
+    ],
+)
+def test_a_file_of_prompts_is_read_as_it_was_meant(text: str, found: list[object], tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    file.write_text(text, encoding="utf-8")
+    assert read_prompts(file) == found
+
+
+@pytest.mark.parametrize("line", ["what?", '"what?"', "[1]"])
+def test_a_line_that_is_no_record_among_records_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    file.write_text('{"prompt": "a"}\n' + line, encoding="utf-8")
+    with pytest.raises(InvalidInput, match="Line 2"):
+        read_prompts(file)

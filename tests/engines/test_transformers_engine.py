@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from pathlib import Path
 from typing import Literal
@@ -289,3 +290,21 @@ def test_what_was_guessed_counts_as_said_not_as_asked(tmp_path: Path, when: Lite
     for right in range(1, len(plain[1]), 5):
         draft = (*plain[1][:right], (plain[1][right] + 1) % 50)
         assert answer_under(tiny_engine("llama", tmp_path), state, prompt, draft) == plain
+
+
+def test_ctrl_c_while_a_preview_ends_waits_until_the_weights_are_back(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, write = engine.fingerprints(), engine.weights._write
+
+    def interrupted(plans: object) -> list[str]:
+        if armed:
+            armed.pop()
+            signal.raise_signal(signal.SIGINT)
+        return write(plans)  # type: ignore[arg-type]
+
+    armed: list[int] = []
+    monkeypatch.setattr(engine.weights, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt), engine.preview((loud(engine),)):
+        armed.append(1)
+    assert engine.fingerprints() == before

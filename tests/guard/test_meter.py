@@ -12,6 +12,8 @@ from liveweight.adjustments import Active, Adjustment, LowRank, State, Steer
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard import Guard, GuardReport, Probe, ProbeSet, ProtectedItem
+from liveweight.guard.budget import budget_of, over_budget
+from liveweight.guard.meter import _Row
 from liveweight.settings import GuardSettings
 from tracing.tiny_engines import tiny_engine
 
@@ -212,3 +214,25 @@ def test_measuring_leaves_the_model_as_it_was(engine: TransformersEngine, tmp_pa
     Guard(engine, SETTINGS, tmp_path, PROBES).measure(change(engine, 5.0), progress=False)
     assert engine.fingerprints() == before
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_another_template_has_a_reference_of_its_own(engine: TransformersEngine, tmp_path: Path) -> None:
+    after = change(engine, 1.0)
+    Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    engine.format.tokenizer.chat_template = "{% for turn in messages %}x {{ turn.content }}{% endfor %}"
+    found = Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    assert found == Guard(engine, SETTINGS, tmp_path / "new", PROBES).measure(after, progress=False).model_copy(
+        update={"seconds": found.seconds}
+    )
+
+
+def test_what_is_no_number_is_over_every_budget() -> None:
+    figures = dict.fromkeys(budget_of(SETTINGS), float("nan"))
+    assert len(over_budget(figures, budget_of(SETTINGS), 0)) == len(figures)
+
+
+def test_a_change_that_makes_noise_is_refused(engine: TransformersEngine, tmp_path: Path) -> None:
+    with patch.object(engine, "unembed", lambda final: torch.full((*final.shape[:-1], 61), float("nan"))):
+        guard = Guard(engine, SETTINGS, tmp_path, PROBES)
+        seen = guard._judge([_Row("a", (1, 2, 3), 1, PROBES.chats[0])], [torch.zeros(2, 24)], [torch.zeros(2, 24)])
+    assert seen[0].kl == float("inf")

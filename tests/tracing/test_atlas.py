@@ -97,6 +97,18 @@ def test_fast_labels_have_the_same_first_tokens_and_are_kept_apart(architecture:
     assert (read_atlas(engine).packed == exact.packed).all() and len(list(tmp_path.rglob("*.sqlite"))) == 2
 
 
+def test_a_copy_that_is_damaged_further_on_costs_no_label_of_ones_own(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path / "whole")
+    read_atlas(engine, [0], cache_dir=tmp_path / "one")
+    read_atlas(engine, [1, 2], cache_dir=tmp_path / "two")
+    (file,) = (tmp_path / "two").rglob("*.sqlite")
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) * 3 // 4] + b"\xff" * (len(content) // 4))
+    with pytest.raises(InvalidInput, match="cannot be read as labels"):
+        merge(engine, [file], tmp_path / "one")
+    assert coverage(engine, tmp_path / "one").layers[0] == NEURONS
+
+
 def test_a_file_that_is_no_part_of_this_model_is_refused(tmp_path: Path) -> None:
     engine, other = tiny_engine("llama", tmp_path / "a"), tiny_engine("llama", tmp_path / "b", seed=1)
     read_atlas(other, [0])
@@ -108,7 +120,7 @@ def test_a_file_that_is_no_part_of_this_model_is_refused(tmp_path: Path) -> None
     with pytest.raises(InvalidInput, match="There is no file"):
         merge(engine, [wrong])
     wrong.write_text("no database")
-    with pytest.raises(InvalidInput, match="no labels"):
+    with pytest.raises(InvalidInput, match="cannot be read as labels"):
         merge(engine, [wrong])
     shutil.rmtree(tmp_path / "c")
 

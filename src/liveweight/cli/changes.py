@@ -22,7 +22,7 @@ def changes(
     from liveweight.reports import Change
 
     with session.reading(options) as ledger:
-        model = session.model_hash(ledger, options.settings().model)
+        model = None if all_models else session.model_hash(ledger, options.settings())
         records = ledger.changes(None if all_models else model or "")
         found = [Change.of(record, ledger.report(record.id)) for record in records]
     if options.json:
@@ -46,7 +46,7 @@ def show(options: Options, change: Annotated[str, typer.Argument(metavar="ID", h
 def protected(options: Options) -> None:
     """List the answers that changes must leave as they are; `undo p3` lets one go."""
     with session.reading(options) as ledger:
-        found = ledger.protected(session.model_hash(ledger, options.settings().model) or "")
+        found = ledger.protected(session.model_hash(ledger, options.settings()) or "")
     if options.json:
         output.print_json([{"label": each.label, **each.model_dump(mode="json")} for each in found])
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, check_keeping, takes_options
 
 
 @takes_options
@@ -24,8 +24,7 @@ def clamp(
     """Hold neurons at values, and show the answer without and with it: clamp 20:1114=8 --prompt "I like"."""
     from liveweight.tracing.clamping import parse_clamps
 
-    if force and not keep:
-        raise typer.BadParameter("--force goes with --keep.", param_hint="--force")
+    check_keeping(keep, force)
     values = parse_clamps(clamps)
     with session.opened(options) as live:
         found = live.clamp(values, prompt, raw=raw, max_tokens=tokens)

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, check_keeping, takes_options
 from liveweight.shown import table
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def contrast(
     """
     if feedback == (a is not None) or (a is None) != (b is None):
         raise typer.BadParameter("Give two files, or --feedback without files.", param_hint="A B")
-    if keep and preview:
-        raise typer.BadParameter("Give --keep or --preview, not both.", param_hint="--keep")
+    check_keeping(keep, force, preview)
     sides = (read_prompts(a), read_prompts(b)) if a is not None and b is not None else None
     with session.opened(options) as live:
         if sides is None or a is None or b is None:
@@ -86,18 +85,19 @@ def read_prompts(path: Path) -> list[Given]:
     from liveweight.errors import InvalidInput
 
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also breaks at U+2028, allowed inside JSON's strings.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}.", hint="Give a file of prompts, a line each.") from error
-    kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not kept or not all(line.lstrip().startswith("{") for _, line in kept):
+    kept = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not kept or not kept[0][1].startswith("{"):
         return [line for _, line in kept]
     found: list[Given] = []
     for number, line in kept:
         try:
             value = json.loads(line)
             prompt, answer = value["prompt"], value.get("answer")
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(
                 f"Line {number} of {path} is not an object with a prompt.",
                 hint='Write {"prompt": "…", "answer": "…"}; the answer may be left out.',

@@ -35,7 +35,8 @@ def demo(
 ) -> None:
     """Correct a wrong answer in the running weights, measure the damage, and undo it bit for bit."""
     with tempfile.TemporaryDirectory(prefix="liveweight-demo-") as folder:
-        own = replace(options, workspace=Path(folder), database_url=None)
+        # Named, so that no setting of the person's puts the demo into a real ledger.
+        own = replace(options, workspace=Path(folder), database_url=f"sqlite:///{folder}/ledger.sqlite3")
         with session.opened(own) as live:
             told = _told(live, question, answer, quiet=options.json)
     if options.json:

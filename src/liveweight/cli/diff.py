@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, check_keeping, takes_options
 
 
 @takes_options
@@ -35,8 +35,7 @@ def diff(
     With --keep the difference becomes a change of A in the workspace, which `undo` takes back.
     """
     commits = keep or preview
-    if force and not keep:
-        raise typer.BadParameter("--force goes with --keep.", param_hint="--force")
+    check_keeping(keep, force, preview)
     if low_rank is not None and not (commits or save is not None):
         raise typer.BadParameter("--low-rank goes with --save, --keep or --preview.", param_hint="--low-rank")
     if prompt is not None and not commits:
@@ -68,7 +67,7 @@ def diff(
                 told["saved"] = str(save)
                 output.say(f"saved in {save}: {adjustment.note}")
             if live is not None:
-                change = live.apply(adjustment, prompt=prompt, preview=not keep, force=force)
+                change = live.apply(adjustment, prompt=prompt, preview=preview, force=force)
                 told["change"] = change.as_dict()
                 if not options.json:
                     output.print_change(change, as_json=False)

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, check_keeping, takes_options
 from liveweight.shown import grid, table
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def features(
         raise typer.BadParameter("A strength of 0 changes nothing.", param_hint="--steer")
     if steer is None and (keep or preview or force or save is not None or prompt is not None):
         raise typer.BadParameter("--prompt, --save, --keep, --preview and --force go with --steer.")
-    if force and not keep:
-        raise typer.BadParameter("--force goes with --keep.", param_hint="--force")
+    check_keeping(keep, force, preview)
     wished: dict[str, Any] = {"layer": layer, "k": k, "share": share, "tokens": tokens, "rounds": rounds, "seed": seed}
     wished = {name: value for name, value in wished.items() if value is not None}
     if text is not None:
@@ -94,11 +93,11 @@ def features(
                 without, steered = live.tried(adjustment, prompt)
                 told["answers"] = {"prompt": prompt, "without": without, "with": steered}
                 if not options.json:
-                    shown = table("without", "with", title=prompt)
+                    shown = table("without", "with", title=Text(prompt))
                     shown.add_row(Text(without), Text(steered, style="green"))
                     output.out().print(shown)
             if keep or preview:
-                change = live.apply(adjustment, prompt=prompt, preview=not keep, force=force)
+                change = live.apply(adjustment, prompt=prompt, preview=preview, force=force)
                 told["change"] = change.as_dict()
                 if not options.json:
                     output.print_change(change, as_json=False)

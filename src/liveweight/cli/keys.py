@@ -82,7 +82,7 @@ def _keyring(options: Options) -> Iterator[Keyring]:
     from liveweight.server.keys import Keyring
 
     settings = options.settings()
-    keyring = Keyring(settings.workspace.expanduser(), settings.database_url)
+    keyring = Keyring(settings.workspace, settings.database_url)
     try:
         yield keyring
     finally:

@@ -83,12 +83,14 @@ def _merge(live: LiveModel, files: list[Path]) -> None:
 
 
 def _compared(live: LiveModel, atlas: Atlas, other: str, options: Options, fast: bool) -> AtlasComparison:
-    from liveweight.engines.transformers import load_engine
+    from liveweight.engines.model_source import load, resolve
+    from liveweight.engines.transformers import TransformersEngine
     from liveweight.tracing.atlas import read_atlas
 
-    settings = live.settings
-    engine = load_engine(other, dtype=settings.dtype, device=settings.device, progress=not options.json)
+    own = live.settings
+    loaded = load(resolve(other, settings=own), dtype=own.dtype, device=own.device, progress=not options.json)
+    engine = TransformersEngine(loaded, threads=own.threads, spare_neurons=0)
     with output.bar(quiet=options.json) as bar:
         shown = output.counted(bar, f"Labelling the neurons of {other}")
-        rest = read_atlas(engine, atlas.layers, progress=shown, fast=fast)
+        rest = read_atlas(engine, atlas.layers, cache_dir=own.cache_dir, progress=shown, fast=fast)
     return atlas.compare(rest)

@@ -40,7 +40,7 @@ class Options:
 
     def over(self, other: Options) -> Options:
         """These options, and where they say nothing the other ones."""
-        given = {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name)}
+        given = {name: value for name, value in vars(self).items() if value is not None and value is not False}
         return replace(other, **given)
 
     def settings(self) -> Settings:
@@ -67,6 +67,14 @@ _SPELT: dict[str, Any] = {
     "json": _option(bool, "--json", help="Print results, and errors, as JSON."),
     "verbose": _option(bool, "--verbose", "-v", help="Say more on stderr."),
 }
+
+
+def check_keeping(keep: bool, force: bool, preview: bool = False) -> None:
+    """Raises BadParameter where --keep, --preview and --force contradict each other."""
+    if keep and preview:
+        raise typer.BadParameter("Give --keep or --preview, not both.", param_hint="--keep")
+    if force and not keep:
+        raise typer.BadParameter("--force goes with --keep.", param_hint="--force")
 
 
 def takes_method_settings(verb: Callable[..., None]) -> Callable[..., None]:

@@ -71,15 +71,20 @@ def draw(found: Any, path: Path) -> list[str]:
     return written
 
 
+def _json(value: Any, indent: int | None = None) -> str:
+    """As JSON; numbers that it lacks become "NaN", "Infinity" and "-Infinity", as in the ledger."""
+    known = json.loads(json.dumps(value, default=str), parse_constant=str)
+    return json.dumps(known, ensure_ascii=False, indent=indent)
+
+
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
-    sys.stdout.flush()
+    print(_json(value, indent=2), flush=True)
 
 
 def print_json_line(value: Any) -> None:
     """The same on a line of its own, as programs read one after the other."""
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+    print(_json(value), flush=True)
 
 
 def print_report(found: Any, *, as_json: bool, picture: Path | None = None, **more: Any) -> None:
@@ -100,7 +105,7 @@ def say(sentence: str) -> None:
 def print_error(error: LiveweightError, *, as_json: bool) -> None:
     """What went wrong and the way out."""
     if as_json:
-        sys.stderr.write(json.dumps(error.as_dict(), ensure_ascii=False, default=str) + "\n")
+        print(_json(error.as_dict()), file=sys.stderr)
         return
     console = progress()
     console.print(Text(error.message, style="bold red"))

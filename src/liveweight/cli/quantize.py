@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, check_keeping, takes_options
 
 
 @takes_options
@@ -47,8 +47,7 @@ def quantize(
     """
     if clip_z is not None and clip_percentile is not None:
         raise typer.BadParameter("Give --clip-z or --clip-percentile, not both.", param_hint="--clip-z")
-    if force and not keep:
-        raise typer.BadParameter("--force goes with --keep.", param_hint="--force")
+    check_keeping(keep, force, preview)
     if keep_super_activations and (activations is None or not keep_super_weights):
         raise typer.BadParameter(
             "Give --activations and --keep-super-weights, too.", param_hint="--keep-super-activations"
@@ -82,7 +81,7 @@ def quantize(
             shown["exported"] = str(written)
             output.say(f"written to {written}")
         if keep or preview:
-            change = live.apply(found.adjustment, preview=not keep, force=force)
+            change = live.apply(found.adjustment, preview=preview, force=force)
             shown["change"] = change.as_dict()
             if not options.json:
                 output.print_change(change, as_json=False)

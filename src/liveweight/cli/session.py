@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from liveweight.ledger import Ledger
     from liveweight.live_model import LiveModel
     from liveweight.reports import Reply
+    from liveweight.settings import Settings
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def reading(options: Options) -> Iterator[Ledger]:
     from liveweight.ledger import Ledger
 
     settings = options.settings()
-    with Ledger.open(settings.workspace.expanduser(), settings.database_url, read_only=True) as ledger:
+    with Ledger.open(settings.workspace, settings.database_url, read_only=True) as ledger:
         yield ledger
 
 
@@ -67,10 +69,18 @@ def meant(live: LiveModel, reply: str | None, question: str | None = None) -> Re
     return last[0]
 
 
-def model_hash(ledger: Ledger, name: str) -> str | None:
-    """The model of that name as the ledger knows it; the newest where it was several checkpoints."""
-    found = [model.hash for model in ledger.models() if model.name == name]
-    return found[-1] if found else None
+def model_hash(ledger: Ledger, settings: Settings) -> str | None:
+    """The settings' model as the ledger knows it; the newest where it was several checkpoints. Says where it is new."""
+    name, revision, path = settings.model, settings.revision, Path(settings.model).expanduser()
+    known = ledger.models()
+    meant = {name, str(path.resolve())} if path.exists() else {name}
+    found = [model for model in known if model.name in meant or model.source in meant]
+    if revision is not None:
+        found = [model for model in found if model.source == f"{name}@{revision[:12]}"] or found
+    if known and not found:
+        names = ", ".join(dict.fromkeys(model.name for model in known))
+        output.say(f"{name} has not been used in this workspace; what has is {names}")
+    return found[-1].hash if found else None
 
 
 def _quiet(_: str) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from liveweight.cli import output, session
-from liveweight.cli.options import Options, takes_options
+from liveweight.cli.options import Options, check_keeping, takes_options
 from liveweight.shown import grid, table
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def steer(
         raise typer.BadParameter("Give both --toward and --away.")
     if load is not None and picture is not None:
         raise typer.BadParameter("A loaded steering has no curve to draw.", param_hint="--picture")
-    if force and not keep:
-        raise typer.BadParameter("--force goes with --keep.", param_hint="--force")
+    check_keeping(keep, force, preview)
     with session.opened(options) as live:
         found = None
         if load is None:
@@ -88,7 +87,7 @@ def steer(
             if not options.json:
                 output.out().print(_side_by_side(prompt, without, steered))
         if keep or preview:
-            change = live.apply(adjustment, prompt=prompt, preview=not keep, force=force)
+            change = live.apply(adjustment, prompt=prompt, preview=preview, force=force)
             shown["change"] = change.as_dict()
             if not options.json:
                 output.print_change(change, as_json=False)
@@ -157,6 +156,6 @@ def view(found: Steering) -> RenderableType:
 
 
 def _side_by_side(prompt: str, without: str, steered: str) -> RenderableType:
-    shown = table("without", "with", title=prompt)
+    shown = table("without", "with", title=Text(prompt))
     shown.add_row(Text(without), Text(steered, style="green"))
     return shown

@@ -49,6 +49,9 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def __str__(self) -> str:
+        """What tells it from others: a name as it was typed may mean another folder elsewhere."""
+        if self.kind in ("folder", "gguf"):
+            return str(self.path)
         return f"{self.name}@{self.revision[:12]}" if self.revision else self.name
 
 
@@ -69,7 +72,7 @@ def resolve(name: str, *, revision: str | None = None, settings: Settings | None
     """
     settings = settings or Settings()
     revision = revision or settings.revision
-    cache_dir = settings.cache_dir.expanduser().absolute()
+    cache_dir = settings.cache_dir.absolute()
     path = Path(name).expanduser()
     if name == EMBEDDED:
         found = ModelSource(name, "embedded", _embedded_file(), cache_dir)

@@ -28,6 +28,7 @@ from liveweight.engines.model_source import LoadedModel
 from liveweight.engines.prefix_tree import PrefixTree
 from liveweight.engines.replay import Replay, full_cache, record, unembed, unembed_tokens
 from liveweight.errors import InvalidInput
+from liveweight.interrupts import uninterrupted
 from liveweight.sites import SPARE, model_sites, patchable_layers, with_spare_neurons
 
 _ROWS = 64  # sequences of one scoring batch
@@ -113,8 +114,9 @@ class TransformersEngine:
                 self._previewed = get_ident(), state
                 yield
             finally:
-                self._previewed = outer
-                self._move(self.state)
+                with uninterrupted():
+                    self._previewed = outer
+                    self._move(self.state)
 
     def check(self, state: State) -> None:
         """Raises as `become` would where an op does not fit this model, touching nothing."""

@@ -86,7 +86,7 @@ def over_budget(figures: dict[str, float], budget: dict[str, float], protected_c
     reasons = [
         f"{words[name]} would be {figures[name]:.4g}, over the limit of {limit:.4g}"
         for name, limit in budget.items()
-        if figures[name] > limit
+        if not figures[name] <= limit  # what is no number passes no limit
     ]
     if protected_changed:
         answers = "1 protected answer" if protected_changed == 1 else f"{protected_changed} protected answers"

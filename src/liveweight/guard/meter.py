@@ -12,6 +12,8 @@ behind the last layer that it changes, all of a probe's tokens are as they were,
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,8 +93,11 @@ class Guard:
         self.engine = engine
         self.settings = settings
         self.probes = probes if probes is not None else load_probes(settings.probe_file)
-        system = hashlib.sha256((engine.format.system or "").encode()).hexdigest()[:6]
-        name = f"{engine.info.hash[:20]}-{engine.info.dtype}-{self.probes.hash[:12]}-{system}-{settings.tokens}"
+        # What is asked, as tokens: the same weights may come with another template or system prompt.
+        asked = [engine.encode(probe.messages) for probe in self.probes.chats]
+        asked += [engine.format.encode_text(probe.text, special=True) for probe in self.probes.texts]
+        told = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+        name = f"{engine.info.hash[:20]}-{engine.info.dtype}-{self.probes.hash[:12]}-{told}-{settings.tokens}"
         self._folder = cache_dir / "guard" / name
         self._rows: list[_Row] | None = None
         self._final: list[Tensor] = []  # a row: (T, width), what left the base's final norm at the measured positions
@@ -288,8 +293,7 @@ class Guard:
                 kl[part] = torch.linalg.vecdot(old.exp_(), live).cpu() * compared[part]
         kls, nlls, saids = (torch.split(each, lengths) for each in (kl, nll, said))
         return [
-            _Seen(max(float(k.mean()), 0.0), float(n.sum()), tuple(a.tolist()))
-            for k, n, a in zip(kls, nlls, saids, strict=True)
+            _Seen(_divergence(k), float(n.sum()), tuple(a.tolist())) for k, n, a in zip(kls, nlls, saids, strict=True)
         ]
 
     def _base_logprobs(self, hidden: Tensor) -> Tensor:
@@ -477,6 +481,12 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     partial = path.with_suffix(f".{torch.initial_seed() % 10_000}.partial")
     save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
     partial.replace(path)
+
+
+def _divergence(kl: Tensor) -> float:
+    """The mean KL of some tokens (T,); what is no number is as far as anything can be."""
+    mean = float(kl.mean())
+    return max(mean, 0.0) if math.isfinite(mean) else math.inf
 
 
 def _batches(chosen: list[int], rows: Sequence[_Row]) -> Iterator[list[int]]:

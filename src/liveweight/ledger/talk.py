@@ -178,6 +178,6 @@ def _refuse_lost_changes(session: Session, hash: str, source: str) -> None:
             raise WrongModel(
                 f"{source} is now another checkpoint ({hash[:12]}) than the one that {len(active)} active change(s) of"
                 f" this workspace were made for ({other.hash[:12]}).",
-                hint="Load that checkpoint again, choose another workspace, or start a new list of changes.",
+                hint="Load that checkpoint again, or choose another workspace.",
                 model=other.hash,
             )

@@ -59,7 +59,7 @@ def run(settings: Settings, *, say: Callable[[str], None], progress: bool = Fals
     and its workspace raises.
     """
     server = settings.server
-    with closing(Keyring(settings.workspace.expanduser(), settings.database_url)) as keys:
+    with closing(Keyring(settings.workspace, settings.database_url)) as keys:
         require_safe_address(server.host, keys=keys.any())
     log_to_stderr(prompts=server.log_prompts)
     _allow_many_files()

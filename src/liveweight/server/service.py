@@ -47,7 +47,7 @@ class Service:
         self.batcher = Batcher(live.engine, rows=server.rows, waiting=server.waiting)
         self.door = CapacityLimiter(_AT_THE_DOOR)
         self.rates = Rates(server.requests_per_minute)
-        self.keys = Keyring(settings.workspace.expanduser(), settings.database_url)
+        self.keys = Keyring(settings.workspace, settings.database_url)
         self.events = EventFeed(live.ledger)
         self.jobs = JobRunner(live, work.kinds(live, _job), interruptible=live.engine.gate.interruptible)
         self.jobs.start()

@@ -151,6 +151,8 @@ def clamp(
     neuron that is not there, Unsupported for a model with experts.
     """
     require_dense(engine)
+    if len(prompt) < 2:
+        raise InvalidInput("A text of one token is too short to clamp in.", hint="Give two words or more.")
     clamps = adjustment(engine, values)
     labels = label_neurons(engine, values, cache_dir=cache_dir)
     with Run(engine, prompt, question=question, cache_dir=cache_dir) as run:

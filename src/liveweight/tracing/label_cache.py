@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
@@ -77,17 +77,10 @@ class LabelCache:
 
         def take(connection: sqlite3.Connection) -> int:
             before = connection.total_changes
-            with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as other:
-                rows = other.execute("SELECT layer, neuron, label FROM labels")
-                while batch := rows.fetchmany(_BATCH):
-                    connection.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?, ?)", batch)
+            for batch in _labels_of(file):
+                connection.executemany("INSERT OR IGNORE INTO labels VALUES (?, ?, ?)", batch)
             return connection.total_changes - before
 
-        try:
-            with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as other:
-                other.execute("SELECT layer, neuron, label FROM labels LIMIT 1").fetchall()
-        except sqlite3.Error as error:
-            raise InvalidInput(f"{file} holds no labels: {error}.", hint="Copy it again.") from error
         return self._with(take)
 
     def _with(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
@@ -110,6 +103,17 @@ class LabelCache:
         with closing(sqlite3.connect(self.path, timeout=_PATIENCE)) as connection, connection:
             connection.execute(_TABLE)
             return work(connection)
+
+
+def _labels_of(file: Path) -> Iterator[list[tuple[int, int, bytes]]]:
+    """The rows of another machine's file, some at a time. Raises InvalidInput where they cannot be read to the end."""
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as other:
+            rows = other.execute("SELECT layer, neuron, label FROM labels")
+            while batch := rows.fetchmany(_BATCH):
+                yield batch
+    except sqlite3.Error as error:
+        raise InvalidInput(f"{file} cannot be read as labels: {error}.", hint="Copy it again.") from error
 
 
 def cannot_keep(path: Path, error: Exception) -> LiveweightError:

@@ -41,7 +41,7 @@ class ArenaPage:
         """Results do not change with the ledger."""
 
     async def _read(self) -> None:
-        folder = self._frame.service.settings.workspace.expanduser()
+        folder = self._frame.service.settings.workspace
         found = await aside(runs, folder)
         with self._runs:
             if not found:

@@ -49,9 +49,7 @@ class Visitors:
     def __init__(self, service: Service) -> None:
         """The secret that cookies are signed with is made once a workspace, readable by its owner alone."""
         self._keys = service.keys
-        self._signer = URLSafeTimedSerializer(
-            page_secret(service.settings.workspace.expanduser()), salt="liveweight page"
-        )
+        self._signer = URLSafeTimedSerializer(page_secret(service.settings.workspace), salt="liveweight page")
 
     async def of(self, request: Request) -> Visitor | None:
         """Who asks, or None where they have to give a key first."""
