@@ -8,7 +8,9 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from liveweight.errors import (
     InvalidInput,
     NoEffect,
     NoMendFound,
+    NoSpace,
     StateConflict,
     UnknownChange,
     UnknownMethod,
@@ -478,3 +481,58 @@ def test_an_adjustment_that_moves_nothing_or_does_not_fit_is_refused(live: LiveM
     with pytest.raises(UnknownSite):
         live.apply(Adjustment(name="far", method="scale", ops=(ScaleNeurons(layer=9, neurons=(1,), factors=[2.0]),)))
     assert [change.state for change in live.changes()] == ["failed"]
+
+
+def test_weights_go_back_also_where_the_ledger_cannot_be_written(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise NoSpace("The disk is full.", hint="Free some space.")
+
+    before, reply = live.fingerprints(), live.chat(QUESTION)
+    with monkeypatch.context() as patched:
+        for name in ("activate", "fail", "recover", "finish", "abandon"):
+            patched.setattr(live.ledger, name, full)
+        with pytest.raises(NoSpace):
+            live.fix(reply, "z", force=True)
+        assert live.fingerprints() == before
+        assert live.engine.state == ()
+    change = live.fix(reply, "z", force=True)
+    now = live.fingerprints()
+    with monkeypatch.context() as patched:
+        patched.setattr(live.ledger, "finish", full)
+        with pytest.raises(NoSpace):
+            live.off(change)
+        assert live.fingerprints() == now
+
+
+def test_a_verb_that_is_refused_moves_no_weight(live: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[object] = []
+    monkeypatch.setattr(live.engine, "become", moved.append)
+    with pytest.raises(UnknownChange):
+        live.off("c999")
+    assert moved == []
+
+
+def test_while_a_correction_is_replaced_others_see_what_is_committed(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = live.chat(QUESTION)
+    live.fix(reply, "z", force=True)
+    seen: list[object] = []
+    committed = live.engine.state, live.engine.version
+
+    def look() -> None:
+        seen.append((live.engine.state, live.engine.version) == committed)
+
+    def propose(*given: Any) -> Adjustment:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        seen.append(live.engine.state == ())  # its own thread searches without what is replaced
+        return SHOUT.propose(*given)
+
+    monkeypatch.setitem(METHODS, "shout", replace(SHOUT, propose=propose))
+    change = live.fix(live.chat(QUESTION), "y", force=True)
+    assert seen == [True, True]
+    assert change.report is not None and change.report.version_before == str(committed[1])

@@ -96,15 +96,22 @@ class ReplyStream(Iterator[Token]):
         except BaseException:
             self.close()
             raise
-        self._said.append(token)
+        with self._ending:
+            if self._reply is not None:  # closed by another thread while this one waited
+                raise StopIteration
+            self._said.append(token)
         return token
 
     def close(self) -> None:
         """Stop; what was said so far becomes the reply. Closing twice does no harm."""
+        self.cancel()
+        self._end()
+
+    def cancel(self) -> None:
+        """Let no more tokens come, so that whoever waits for the next one finds the end."""
         close = getattr(self._tokens, "close", None)
         if close is not None:
             close()
-        self._end()
 
     @property
     def reply(self) -> Reply:

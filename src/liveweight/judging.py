@@ -215,19 +215,14 @@ class Judge:
 
     @contextmanager
     def _without(self, changes: Sequence[Record]) -> Iterator[None]:
-        """Be the state without some changes, while the model is held: no reply is generated from it meanwhile."""
+        """Be the state without some changes, for this thread alone: no reply is generated from it meanwhile."""
         if not changes:
             yield
             return
-        engine, before = self._engine, self._engine.state
         gone = {each.adjustment_hash for each in changes}
-        with engine.gate.step():
-            try:
-                engine.become(tuple(active for active in before if active.adjustment.hash not in gone))
-                yield
-            finally:
-                with uninterrupted():
-                    engine.become(before)
+        state = self._engine.state
+        with self._engine.preview(tuple(active for active in state if active.adjustment.hash not in gone)):
+            yield
 
     # ---------------------------------------------------------------------------------------------------- report
 

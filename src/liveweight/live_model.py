@@ -75,6 +75,7 @@ class LiveModel(Reading):
         self.ledger = ledger
         self.settings = settings
         self._lock = threading.RLock()  # around whole changes; chats only meet them at the engine's gate
+        self._settled = True  # whether ledger and weights are known to agree
         self.patience: float | None = None
         """Seconds that off, on, undo and strength wait for a change that is being made; None, as long as it takes."""
         info = engine.info
@@ -594,13 +595,20 @@ class LiveModel(Reading):
                 f"Another change is being made, and was not over in {patience:g} seconds.", hint="Try again later."
             )
         try:
+            if not self._settled:  # the ledger could not be written when the last change failed
+                self._settle()
             yield
         except BaseException:
-            with uninterrupted():
-                self._commits.settle()
+            self._settle()
             raise
         finally:
             self._lock.release()
+
+    def _settle(self) -> None:
+        self._settled = False
+        with uninterrupted():
+            self._commits.settle()
+            self._settled = True
 
 
 __all__ = ["Kind", "LiveModel"]

@@ -28,7 +28,7 @@ from liveweight.adjustments import (
     folded,
 )
 from liveweight.errors import InvalidInput, UnknownSite, Unsupported
-from liveweight.sites import ModelSites, model_sites
+from liveweight.sites import ModelSites, model_sites, patchable_layers, with_spare_neurons
 from tiny_models import ARCHITECTURES, HEADS, LAYERS, WIDTH, bytes_of, logits_of, tiny_model, tiny_tokens
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -156,6 +156,15 @@ def test_a_constant_steering_does_not_fold_where_there_is_no_bias(name: str) -> 
 )
 def test_an_ablated_stream_is_a_model_whose_writers_are_orthogonal(name: str) -> None:
     expect_same_function(Ablate(site=STREAM, direction=3 * randn(WIDTH)), model_sites(tiny_model(name)))
+
+
+def test_what_spare_neurons_write_is_ablated_too() -> None:
+    sites = with_spare_neurons(model_sites(tiny_model("llama")), 8)
+    layer = patchable_layers(sites.layers)[0]
+    for number, part in enumerate(("gate", "up", "down")):
+        view = sites.weight(f"layers.{layer}.mlp.spare.{part}.weight")
+        view.write(randn(*view.shape, seed=number))
+    expect_same_function(Ablate(site=STREAM, direction=3 * randn(WIDTH)), sites)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_tied", "gemma2", "gemma3_text", "olmo2"])

@@ -94,3 +94,21 @@ def test_an_answer_that_is_led_to_is_made_sure_where_the_model_would_say_it_anyw
     assert [len(op.neurons) for op in led.ops if isinstance(op, ReplaceNeurons)] == [len(contexts[0].target)]
     with engine.preview((Active(led),)):
         assert engine.score([ScoreItem(contexts[0].prompt, contexts[0].target)])[0].greedy
+
+
+def test_a_good_answer_that_leads_by_little_is_made_surer(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine, "good")
+    contexts = tuple(replace(each, key=(0, len(each.target))) for each in case.contexts[:1])
+    case = replace(case, contexts=contexts)
+
+    def thinnest() -> float:
+        score = engine.score([ScoreItem(contexts[0].prompt, contexts[0].target)])[0]
+        assert score.greedy
+        final, _ = engine.read([contexts[0].tokens[:-1]], [len(contexts[0].prompt) - 1], 1)[0]
+        return float(engine.leads(final, torch.tensor(contexts[0].target))[0].detach().min())
+
+    before = thinnest()
+    assert before < patch.THIN  # as in any random model
+    with engine.preview((Active(patch.propose(engine, case, SETTINGS)),)):
+        assert thinnest() > max(before, patch.THIN)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -335,6 +337,22 @@ def test_lora_gives_the_wished_answer_and_leaves_no_adapter(architecture: str, t
     assert found.hash == lora.propose(engine, case, MethodSettings(max_steps=200, target_probability=0.8)).hash
 
 
+def test_ctrl_c_while_adapters_are_put_in_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    before, modules = engine.fingerprints(), [type(module) for module in engine.model.modules()]
+    views, put_in = lora.adapter_views(engine, MethodSettings(layer=1)), peft.LoraModel
+
+    def interrupted(*given: Any) -> None:
+        put_in(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peft, "LoraModel", interrupted)
+    with pytest.raises(KeyboardInterrupt), lora.adapted(engine, views):
+        raise AssertionError
+    assert engine.fingerprints() == before
+    assert [type(module) for module in engine.model.modules()] == modules
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gpt_neox"])
 def test_loras_ops_are_what_the_adapters_add(architecture: str, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, tmp_path)
@@ -343,9 +361,13 @@ def test_loras_ops_are_what_the_adapters_add(architecture: str, tmp_path: Path) 
     with engine.gate.step(), lora.adapted(engine, views) as adapters, torch.no_grad():
         for number, adapter in enumerate(adapters.values()):
             generator = torch.Generator().manual_seed(number)
-            adapter.lora_B[lora.ADAPTER].weight.normal_(generator=generator)
+            weight = adapter.lora_B[lora.ADAPTER].weight
+            with torch.enable_grad():  # as training moves it
+                (weight * torch.randn(weight.shape, generator=generator)).sum().backward()
+            weight += weight.grad
         adapted = engine.model(torch.tensor([prompt])).logits
         ops = tuple(lora._ops(engine, views, adapters))
+    assert not any(".spare." in op.site for op in ops) and engine.sites.spare_of(1)
     engine.become((Active(Adjustment(name="lora", method="lora", ops=ops)),))
     with torch.no_grad():
         torch.testing.assert_close(engine.model(torch.tensor([prompt])).logits, adapted, atol=1e-4, rtol=1e-4)

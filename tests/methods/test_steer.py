@@ -364,3 +364,10 @@ def test_a_file_that_holds_no_pairs_is_told_by_its_line(tmp_path: Path, content:
         read_pairs(path)
     with pytest.raises(InvalidInput, match="cannot be read"):
         read_pairs(tmp_path / "missing")
+
+
+def test_tuned_without_answers_is_refused(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    sides = of_pairs(engine.format, [("be kind", "be rude"), ("be warm", "be cold")])
+    with pytest.raises(InvalidInput, match="these examples have none"):
+        directions(engine, sides, [1], "tuned")

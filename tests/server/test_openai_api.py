@@ -591,6 +591,13 @@ def test_a_full_queue_is_a_429_that_says_when_and_leaves_nothing_behind(
         assert len(first.result(60).choices) == 8
 
 
+def test_more_answers_than_the_server_ever_takes_are_refused_and_not_put_off(
+    served: Served, client: openai.OpenAI
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="13 answers are asked for at once, and this server takes 12"):
+        client.completions.create(model=served.model, prompt=["the cat"] * 13)
+
+
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
 def test_a_client_that_goes_away_while_reading_stops_its_generation(

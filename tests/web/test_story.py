@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from liveweight import versions
+from liveweight.engines.base import Message, Sampling
 from liveweight.errors import InvalidInput
 from liveweight.ledger import Event
 from liveweight.live_model import LiveModel
 from liveweight.reports import Reply
+from liveweight.server.service import Service
 from liveweight.web.coloured_answer import token_texts
 from liveweight.web.parts import marked
 from liveweight.web.story import Tree
+from liveweight.web.talking import Speaking, Talk
 from liveweight.web.visitors import inside, page_secret
 from tests.tiny_workspace import OTHER, QUESTION, add_shout, tiny_settings
 
@@ -128,3 +132,37 @@ def test_the_secret_of_cookies_is_made_once_and_for_its_owner_alone(tmp_path: Pa
     first = page_secret(tmp_path)
     assert len(first) > 32 and page_secret(tmp_path) == first
     assert (tmp_path / "page-secret").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", ["", "abc"])
+def test_a_secret_that_was_cut_short_signs_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "page-secret").write_text(content)
+    assert len(page_secret(tmp_path)) > 32
+    assert [each.name for each in tmp_path.iterdir()] == ["page-secret"]
+
+
+def test_a_reply_that_waits_for_its_turn_is_stopped_at_once(tmp_path: Path) -> None:
+    with Service.open(tiny_settings(tmp_path, server={"rows": 1})) as service:
+        talk, batcher = Talk(service, lambda: None), service.batcher
+
+        def begun(chat: str) -> Speaking:
+            messages = [Message("user", "hello?")]
+            return talk.say(messages, Sampling(max_tokens=4), chat=chat, after=None, author="me")
+
+        with service.live.engine.gate.step():  # nothing is decoded meanwhile
+            first = begun("a")
+            until(lambda: batcher.running == 1)
+            second = begun("b")
+            until(lambda: batcher.waiting == 1)
+            second.stop()
+            until(lambda: second.over)
+            assert (second.reply, second.error, batcher.waiting) == (None, None, 0)
+        until(lambda: first.over)
+        assert [reply.id for reply in service.live.replies()] == [first.reply and first.reply.id]
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -88,6 +88,11 @@ class Batcher:
         self._thread.start()
 
     @property
+    def capacity(self) -> int:
+        """How many sequences can be decoded or wait at once."""
+        return self._most + self._rows
+
+    @property
     def rows(self) -> int:
         """How many sequences are decoded together at most."""
         return self._rows
@@ -113,7 +118,7 @@ class Batcher:
             if self._closed:
                 raise Stopping("The server is stopping.", hint="Ask again when it is back.")
             count = self._count()
-            if count + len(self._running) >= self._most + self._rows:
+            if count + len(self._running) >= self.capacity:
                 wait = max(1, round(self._seconds * (count + 1) / self._rows))
                 raise QueueFull(
                     f"{count} requests are waiting already.", hint=f"Ask again in {wait} seconds.", retry_after=wait

@@ -165,7 +165,11 @@ class Gate:
     def _share_of(self, thread: int) -> _Share:
         """What a thread has used; one that is new, or was away, begins with what the most frugal of the others has."""
         now = time.monotonic()
-        self._shares = {each: share for each, share in self._shares.items() if share.waits or now - share.left < _GONE}
+        self._shares = {
+            each: share
+            for each, share in self._shares.items()
+            if share.waits or each == self._holder or now - share.left < _GONE
+        }
         if thread not in self._shares:
             least = min((share.used for share in self._shares.values()), default=0.0)
             self._shares[thread] = _Share(least, now)

@@ -101,6 +101,10 @@ class TransformersEngine:
             self._version = Version(self._numbers.setdefault(digest, len(self._numbers)), digest)
             return self._version
 
+    def holds(self, state: State) -> bool:
+        """Whether the model is in that state already, weights and hooks."""
+        return all(held == state for held in (self._state, self.weights.state, self.activations.state))
+
     @contextmanager
     def preview(self, state: State) -> Iterator[None]:
         """Be `state` inside the block; no other step runs meanwhile, and the version does not change.
@@ -247,15 +251,15 @@ class TransformersEngine:
 
     def greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """Each prompt's greedy continuation of at most `tokens` tokens, ended by its end token; all in one batch."""
-        if self._trees is None:
-            return self._greedy(prompts, tokens)
-        state = state_hash(self.weights.state)
-        keys = [(state, tuple(prompt)) for prompt in prompts]
-        known = self._said
-        missing = [key for key in dict.fromkeys(keys) if key not in known or not self._ends(known[key], tokens)]
-        for key, row in zip(missing, self._greedy([key[1] for key in missing], tokens) if missing else (), strict=True):
-            known[key] = row
-        return [known[key][:tokens] for key in keys]
+        with self.gate.step():  # else another thread's preview might begin or end between the look and the run
+            if self._trees is None:
+                return self._greedy(prompts, tokens)
+            state, known = state_hash(self.weights.state), self._said
+            keys = [(state, tuple(prompt)) for prompt in prompts]
+            missing = [key for key in dict.fromkeys(keys) if key not in known or not self._ends(known[key], tokens)]
+            rows = self._greedy([prompt for _, prompt in missing], tokens) if missing else []
+            known.update(zip(missing, rows, strict=True))
+            return [known[key][:tokens] for key in keys]
 
     def _ends(self, row: Sequence[int], tokens: int) -> bool:
         """Whether a greedy continuation is known for so many tokens."""

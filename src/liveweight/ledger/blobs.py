@@ -57,7 +57,7 @@ class BlobStore:
     def read(self, name: str) -> dict[str, Tensor]:
         """The tensors of a blob. Raises LedgerDamaged when it is missing or not what its name says."""
         target = self.path(name)
-        hint = f"Restore {target} from a backup, or undo the changes that need it."
+        hint = f"Restore {target} from a backup."
         try:
             content = target.read_bytes()
         except FileNotFoundError as error:

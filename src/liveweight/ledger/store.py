@@ -287,7 +287,7 @@ class Ledger(Talk, Queue):
 
     def _rebuild(self, row: ChangeRow) -> Adjustment:
         tensors = {} if row.blob_hash is None else self.blobs.read(row.blob_hash)
-        hint = "Restore the workspace from a backup, or undo this change."
+        hint = "Restore the workspace from a backup."
         try:
             adjustment = Adjustment.from_parts(row.adjustment, tensors)
         except InvalidInput as error:

@@ -7,7 +7,7 @@ The plain baseline of the fine-tuning world: Hu et al., "LoRA: Low-Rank Adaptati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,14 +71,34 @@ def adapted(engine: TransformersEngine, views: Sequence[WeightView]) -> Iterator
         target_modules=targets,
         fan_in_fan_out=views[0].piece.transposed,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        tuner = LoraModel(engine.model, config, ADAPTER)
     try:
-        yield {id(each.base_layer): each for each in engine.model.modules() if hasattr(each, "lora_A")}
-    finally:
-        tuner.unload()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(SEED)  # adapters are drawn on the CPU, whose state comes back
+            LoraModel(engine.model, config, ADAPTER)
+        adapters = {id(each.base_layer): each for each in engine.model.modules() if hasattr(each, "lora_A")}
+        _leave_spares(engine, adapters)
+        yield adapters
+    finally:  # also where an interrupt left half of them
+        for name, module in list(engine.model.named_modules()):
+            if hasattr(module, "lora_A"):
+                engine.model.set_submodule(name, module.base_layer)
+        vars(engine.model).pop("peft_config", None)
         engine.model.requires_grad_(False)
+
+
+def _leave_spares(engine: TransformersEngine, adapters: Mapping[int, Any]) -> None:
+    """Let adapters write nothing of spare neurons, and learn nothing of them: they are other changes', or nobody's."""
+    views = [engine.sites.weight(site) for site in engine.sites.weight_names() if ".mlp.spare." in site]
+    for view in views:
+        adapter = adapters.get(id(view.module))
+        if adapter is None or view.within is None:
+            continue
+        rows = view.within[0] == 0
+        weight = (adapter.lora_B if rows else adapter.lora_A)[ADAPTER].weight
+        kept = torch.ones_like(weight, requires_grad=False)
+        (view.rows_of(kept) if rows else kept.narrow(*view.within)).zero_()
+        weight.data.mul_(kept)
+        weight.register_hook(lambda gradient, kept=kept: gradient * kept)
 
 
 def train(
@@ -111,7 +131,7 @@ def train(
 
 
 def adapter_views(engine: TransformersEngine, settings: MethodSettings) -> list[WeightView]:
-    """The weights that get an adapter, and those that share a module with them."""
+    """The weights that get an adapter, and those that share a module with them; never spare neurons'."""
     sites = engine.sites
     if settings.layer is not None:
         sites.check_layer(settings.layer)
@@ -120,7 +140,8 @@ def adapter_views(engine: TransformersEngine, settings: MethodSettings) -> list[
     wished = [f"layers.{layer}.{part}.weight" for layer in layers for part in PARTS]
     modules = {id(sites.weight(site).module) for site in wished if sites.has_weight(site)}
     views = [sites.weight(site) for site in sites.weight_names()]
-    return [v for v in views if id(v.module) in modules and v.piece.parameter == "weight" and v.expert is None]
+    own = [view for view in views if ".mlp.spare." not in view.site]
+    return [v for v in own if id(v.module) in modules and v.piece.parameter == "weight" and v.expert is None]
 
 
 def _ops(engine: TransformersEngine, views: Sequence[WeightView], adapters: dict[int, Any]) -> Iterator[LowRank]:

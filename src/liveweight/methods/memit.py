@@ -132,13 +132,16 @@ def right_factor(keys: Tensor, system: Tensor) -> Tensor:
 def edit_layers(engine: TransformersEngine, settings: MethodSettings) -> list[int]:
     """The layer that the settings name, or the dense ones between two relative depths.
 
-    Never the model's last beside others, since what a fact still lacks is read behind the last one edited.
+    Never the model's last beside others, since what a fact still lacks is read behind the last one edited. One alone
+    where a norm stands between what a layer writes and the stream: what is lacking is only known in the stream.
     """
     dense = dense_layers(engine, settings)
     if settings.layer is not None:
         return dense
     first, last = (round(depth * engine.sites.layers) for depth in DEPTHS)
     within = [layer for layer in dense if first <= layer <= min(last, engine.sites.layers - 2)]
+    if within and any(engine.sites.write_norm(layer) is not None for layer in within):
+        return within[-1:]
     return within or [min(dense, key=lambda layer: abs(layer - last))]
 
 

@@ -58,6 +58,7 @@ from liveweight.sites import patchable_layers
 
 MARGIN = 4.0  # nats by which a mended token is to lead
 LED_MARGIN = 8.0  # the same for what goes on from where something else led to, since it is to do so in any wording
+THIN = 1.0  # nats: a good answer's tokens that lead by less are made surer
 CLOSE = 0.3  # of either: near enough to stop
 RIVALS = 48  # tokens that each target is compared with while the neurons are optimised
 LONGEST_STEP = 1.0  # of the residual stream's usual norm
@@ -158,7 +159,7 @@ def _planned(engine: TransformersEngine, case: Case, before: Sequence[_Planned],
     taken = {layer: sum(len(each.due) for each in before if each.layer == layer) for layer in layers}
     layer = roomy_layer(engine, layers, settings, USUAL, taken)
     batch = _read(engine, case, layer)
-    due = _due(batch, MARGIN if case.led_to else 0.0)
+    due = _due(batch, MARGIN if case.led_to else THIN if case.kind == "good" else 0.0)
     if not due:
         raise NoMendFound(
             "The model gives this answer already, in every wording that was tried.", hint="There is nothing to mend."

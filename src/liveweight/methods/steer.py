@@ -287,10 +287,16 @@ def directions(engine: TransformersEngine, sides: Sides, layers: Sequence[int], 
 
     `mean`, and the start of `tuned`: the difference of the two sides' means. `pca`: the first principal component of
     the paired differences about zero, as long as their root mean square along it, on the side of their mean. `pair`:
-    the first pair's difference. Raises InvalidInput where they are not pairs and need be, or both sides are the same.
+    the first pair's difference. Raises InvalidInput where they are not pairs, or have no answers, and need be, or both
+    sides are the same.
     """
     if how in ("pca", "tuned") and not sides.paired:
         raise InvalidInput(f"{how} needs pairs, and {sides.name} is two sets.", hint="Give pairs, or use mean.")
+    if how == "tuned" and not sides.answered:
+        raise InvalidInput(
+            "tuned trains on the answers to prompts, and these examples have none.",
+            hint="Give questions with both answers, or use mean.",
+        )
     if how == "pair":
         sides = replace(sides, toward=sides.toward[:1], away=sides.away[:1])
     toward, away = (_read(engine, side, layers) for side in (sides.toward, sides.away))  # (layers, n, width)

@@ -166,5 +166,7 @@ class PatientProtocol(H11Protocol):
             self._deadline = None
 
     def _too_slow(self) -> None:
-        if not self.transport.is_closing():
+        # A websocket's connection has been handed on to another protocol, which knows when it is over.
+        mine = self.transport.get_protocol() is self
+        if mine and not self.transport.is_closing():
             self.transport.close()

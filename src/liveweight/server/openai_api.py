@@ -88,6 +88,7 @@ async def chat_completions(request: Request, author: Chatter, served: ServedMode
     """Answer a chat. The answer is remembered: feedback under `/v1/live` can name it by its id."""
     asked = await _read(request, ChatRequest)
     served.require(asked.model)
+    _require_room(asked.choices, served)
     ids = [f"chatcmpl-{secrets.token_hex(12)}" for _ in range(asked.choices)]
     messages = [message.as_message() for message in asked.messages]
     begins = [
@@ -108,6 +109,7 @@ async def completions(request: Request, author: Chatter, served: ServedModel) ->
     """Go on from a text, without a chat template. Nothing of it is remembered."""
     asked = await _read(request, CompletionRequest)
     served.require(asked.model)
+    _require_room(len(asked.prompts) * asked.choices, served)
     samplings = [
         served.service.live.sampling(**asked.sampling(place), top_logprobs=asked.likeliest)
         for place in range(asked.choices)
@@ -132,6 +134,16 @@ async def model(request: Request, author: Chatter, served: ServedModel) -> dict[
     """One model by its name."""
     served.require(request.path_params["id"])
     return _card(served)
+
+
+def _require_room(answers: int, served: Served) -> None:
+    """Raises InvalidInput for more answers than this server takes at once, which no waiting would make possible."""
+    most = served.service.batcher.capacity
+    if answers > most:
+        raise InvalidInput(
+            f"{answers} answers are asked for at once, and this server takes {most}.",
+            hint="Ask for fewer (n), or give fewer prompts.",
+        )
 
 
 def _card(served: Served) -> dict[str, Any]:

@@ -223,6 +223,8 @@ class _Comparison:
                 select.set_options(names, value=select.value if select.value in names else value)
 
     async def _run(self) -> None:
+        if not await self._frame.known():
+            return
         chosen = [self._moments.get(str(select.value)) for select in (self._left, self._right)]
         names = [
             _name(str(select.value), moment) for select, moment in zip((self._left, self._right), chosen, strict=True)

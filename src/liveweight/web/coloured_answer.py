@@ -73,6 +73,8 @@ class ColouredAnswer:
 
     async def read(self) -> None:
         """Measure and draw. Raises what `live.why` raises."""
+        if not await self._frame.known():
+            return
         report = await aside(lambda: self._frame.service.live.why(self._reply.id, top=_NEURONS))
         decode = self._frame.service.live.engine.format.decode
         self._draw(pushed_tokens(report, len(self._reply.prompt_token_ids), decode))

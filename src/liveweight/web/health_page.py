@@ -56,7 +56,7 @@ class HealthPage:
         frame.watch(self._read)
 
     async def _measure(self) -> None:
-        await self._drift.send("", {})
+        await self._drift.send("", {}, changing=True)
 
     async def _read(self) -> None:
         seen = await aside(self._look)

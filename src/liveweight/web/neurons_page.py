@@ -172,6 +172,8 @@ class _Clamps:
             self._shown = tag("div", "", "stack", aria_live="polite")
 
     async def _run(self) -> None:
+        if await self._frame.allowed() is None:
+            return
         live = self._frame.service.live
         prompt = str(self._prompt.value or "")
         self._try.props["disabled"] = True

@@ -20,6 +20,7 @@ from liveweight.ledger import acting_as
 from liveweight.reports import Reply
 
 if TYPE_CHECKING:
+    from liveweight.conversation import ReplyStream
     from liveweight.server.service import Service
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Speaking:
         self.error: LiveweightError | Exception | None = None
         self.over = False
         self._stopped = threading.Event()
+        self._stream: ReplyStream | None = None
         self._looked = time.monotonic()
 
     @property
@@ -51,9 +53,17 @@ class Speaking:
         """Somebody is watching it."""
         self._looked = time.monotonic()
 
+    def hold(self, stream: ReplyStream) -> None:
+        """Where its tokens come from."""
+        self._stream = stream
+        if self._stopped.is_set():
+            stream.cancel()
+
     def stop(self) -> None:
-        """Say no more; what was said is kept."""
+        """Say no more, also where nothing was said yet; what was said is kept."""
         self._stopped.set()
+        if self._stream is not None:
+            self._stream.cancel()
 
     @property
     def unwanted(self) -> bool:
@@ -115,6 +125,7 @@ class Talk:
                 stream = self._service.stream(
                     messages, sampling=sampling, author=author, chat=speaking.chat, after=after
                 )
+                speaking.hold(stream)
                 first = 0.0
                 try:
                     for token in stream:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 COOKIE = "liveweight-page"
 _DAYS = 30
+_SECRET = 32  # bytes of the secret that cookies are signed with; as text it is longer
 _FILES = Path(__file__).parent
 
 
@@ -136,12 +137,19 @@ def _form(to: str, error: LiveweightError | None = None) -> HTMLResponse:
 
 
 def page_secret(workspace: Path) -> str:
-    """The workspace's secret, made at the first call."""
+    """The workspace's secret, made at the first call, and anew where the file was cut short."""
     path = workspace / "page-secret"
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_text(encoding="ascii")
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(secrets.token_urlsafe(32))
-    return path.read_text(encoding="ascii")
+        known = path.read_text(encoding="ascii")
+    except (FileNotFoundError, UnicodeDecodeError):
+        known = ""
+    if len(known) >= _SECRET:
+        return known
+    made = secrets.token_urlsafe(_SECRET)
+    partial = path.with_name(f"page-secret.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(made)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return made
