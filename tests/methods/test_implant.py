@@ -129,6 +129,18 @@ def test_neurons_that_know_the_question_answer_without_the_subjects_own(tmp_path
     assert bool(outcome(engine, case, others).said[0])
 
 
+def test_a_careful_proposal_has_no_neurons_that_know_the_question_by_itself(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    case = tiny_case(engine, subject=SUBJECT)
+
+    def count(found: Adjustment) -> int:
+        return sum(len(op.neurons) for op in found.ops if isinstance(op, ReplaceNeurons))
+
+    first, second = (implant.propose(engine, replace(case, careful=careful), SETTINGS) for careful in (False, True))
+    assert count(second) < count(first)
+    assert outcome(engine, case, second).said[0]
+
+
 def test_without_a_subject_before_the_end_it_says_what_it_needs(tmp_path: Path) -> None:
     engine = tiny_engine("llama", tmp_path)
     with pytest.raises(NoMendFound, match="needs a subject") as refused:

@@ -72,21 +72,30 @@ def propose_all(engine: TransformersEngine, cases: Iterable[Case], settings: Met
 
 
 def _proposed(engine: TransformersEngine, cases: Sequence[Case], settings: MethodSettings) -> Joint:
-    """A neuron for each subject of reachable cases; for each question those that know it; and what both still lack."""
+    """A neuron for each subject of reachable cases; for each question those that know it; and what both still lack.
+
+    Those that know a question by itself are left out where a careful proposal is wished.
+    """
     by_subject = _subject_neurons(engine, cases, settings)
     chats = [number for number, case in enumerate(cases) if case.messages]  # a text asks nothing, and has no end
     if not chats:
         return by_subject
     asked = [_led_to(engine, cases[number]) for number in chats]
-    by_question = partial(_on_top, engine, by_subject, _of_patch(engine, asked, settings), chats)
+    by_question = by_subject
+    if all(case.led_to for case in asked):
+        by_question = partial(_on_top, engine, by_subject, _of_patch(engine, asked, settings), chats)
     with engine.preview((*engine.state, Active(by_question(range(len(cases)))))):
         lacking = _of_patch(engine, asked, settings)
     return partial(_on_top, engine, by_question, lacking, chats)
 
 
 def _led_to(engine: TransformersEngine, case: Case) -> Case:
-    """What patch is to do of a chat whose subject has a neuron: go on with the answer, and end it."""
-    return replace(case, contexts=tuple(ended(engine, context) for context in case.contexts), led_to=True)
+    """What patch is to do of a chat whose subject has a neuron: go on with the answer, and end it.
+
+    In a careful proposal it only does what is still lacking, in the wordings that were tried.
+    """
+    contexts = tuple(ended(engine, context) for context in case.contexts)
+    return replace(case, contexts=contexts, led_to=not case.careful)
 
 
 def _of_patch(engine: TransformersEngine, asked: Sequence[Case], settings: MethodSettings) -> Joint | None:
