@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
 import torch
 
-from liveweight.adjustments import Active, Adjustment, Dense, Gain, LowRank, ScaleNeurons, ScalePaths, folded
+from liveweight.adjustments import Active, Adjustment, Dense, Gain, LowRank, ScaleNeurons, ScalePaths, Steer, folded
 from liveweight.engines.base import Message, ScoreItem
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import NoMendFound, UnknownSite, Unsupported
 from liveweight.methods import (
+    METHODS,
     alphaedit,
     constrained,
     covariance,
@@ -524,3 +525,25 @@ def test_outcomes_tell_said_from_gone(kind: CaseKind, tmp_path: Path) -> None:
     as_answered = replace(case, contexts=tuple(replace(c, target=case.answer_tokens) for c in case.contexts))
     assert outcome(engine, as_answered).said[0]
     assert not outcome(engine, as_answered).gone.any()  # where nothing else is wished for, nothing can be gone
+
+
+@pytest.mark.parametrize("when", ["prompt", "generated"])
+@pytest.mark.parametrize(
+    "name", ["patch", "implant", "rome", "memit", "alphaedit", "one-shot", "finetune", "constrained", "grace", "lora"]
+)
+def test_every_method_teaches_beside_a_steering_of_one_part_of_a_chat(
+    name: str, when: Literal["prompt", "generated"], tmp_path: Path
+) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    vector = torch.ones(engine.sites.width)
+    ops = tuple(Steer(site=f"layers.{layer}.resid", vector=vector, when=when, scale=0.1) for layer in (0, 2))
+    engine.become((Active(Adjustment(name="steered", method="steer", ops=ops)),))
+    case = tiny_case(engine, subject=SUBJECT)
+    before = engine.fingerprints()
+    try:
+        found = METHODS[name].propose(engine, case, MethodSettings(max_steps=60, clamp_norm=20, layer=1))
+    except NoMendFound:
+        pass  # a random model of three layers need not be teachable; that it can be tried is what counts
+    else:
+        assert found.ops
+    assert engine.fingerprints() == before

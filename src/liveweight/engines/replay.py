@@ -14,7 +14,7 @@ every architecture. Reads the model; what a trial changes is the caller's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any
@@ -61,6 +61,7 @@ class Replay:
     neurons: dict[int, Tensor]  # layer -> (B, T, neurons)
     mlp_inputs: dict[int, Tensor] = field(default_factory=dict)  # layer -> (B, T, width), what the MLP read
     packed: list[int] | None = None  # where each suffix begins in the one row
+    around: Callable[[], AbstractContextManager[None]] = nullcontext  # what hooks have to know while it is run again
     _calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(repr=False, default_factory=list)
 
     @property
@@ -80,11 +81,12 @@ class Replay:
     def run(self, layer: int, hidden: Tensor | None = None) -> Tensor:
         """The blocks from `layer` up and the final norm: (B, T, width). Weights and hooks of now are what counts."""
         hidden = self.inputs[layer] if hidden is None else hidden
-        for index in range(layer, len(self.sites.blocks)):
-            args, kwargs = self._calls[index]
-            output = self.sites.blocks[index](hidden, *args, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-        final: Tensor = self.sites.final_norm(hidden)
+        with self.around():
+            for index in range(layer, len(self.sites.blocks)):
+                args, kwargs = self._calls[index]
+                output = self.sites.blocks[index](hidden, *args, **kwargs)
+                hidden = output[0] if isinstance(output, tuple) else output
+            final: Tensor = self.sites.final_norm(hidden)
         return final
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -414,10 +415,15 @@ class TransformersEngine:
         mlp_inputs: Sequence[int] = (),
         final: bool = True,
         packed: bool = False,
+        prompts: Sequence[int] | None = None,
     ) -> Replay:
-        """Run a batch once under the present weights, keeping what trials need; see `replay.record`."""
-        with self.gate.step(), self.activations.prompt([start + 1 for start in starts]), torch.no_grad():
-            return record(
+        """Run a batch once under the present weights, keeping what trials need; see `replay.record`.
+
+        `prompts` are how many tokens of each row are its prompt; unset, all up to the suffix's first one.
+        """
+        told = partial(self.activations.prompt, [start + 1 for start in starts] if prompts is None else list(prompts))
+        with self.gate.step(), told(), torch.no_grad():
+            replay = record(
                 self.model,
                 self.sites,
                 rows,
@@ -430,6 +436,8 @@ class TransformersEngine:
                 pad=self.format.pad_token,
                 packed=packed,
             )
+        replay.around = told
+        return replay
 
     def unembed(self, final: Tensor) -> Tensor:
         """Logits (…, vocabulary) of what leaves the final norm (…, width)."""

@@ -90,7 +90,8 @@ def _descended(
     contexts = chosen_contexts(case, settings)
     targets = [closed(engine, context) for context in contexts]
     rows = [context.prompt + target for context, target in zip(contexts, targets, strict=True)]
-    replay = engine.record(rows, _starts(rows, [len(context.prompt) for context in contexts]), layers=[layer])
+    prompts = [len(context.prompt) for context in contexts]
+    replay = engine.record(rows, _starts(rows, prompts), layers=[layer], prompts=prompts)
     predictions = Predictions.of(replay, contexts, targets)
     point = down_output(engine, layer)
     neurons = engine.sites.activation(f"layers.{layer}.mlp.neurons")

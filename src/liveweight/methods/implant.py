@@ -234,7 +234,7 @@ def _elsewhere(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
         others = [mark + each for each in spellings(name) for mark in ("", '"') if mark + each != name]
         texts += [f"{sentence} {each}" for sentence in passages(SPELLED) for each in others]
     rows = [engine.format.encode_text(text, special=True)[-(engine.info.context or 0) :] for text in texts]
-    replay = engine.record(rows, [1] * len(rows), mlp_inputs=[layer], final=False)
+    replay = engine.record(rows, [1] * len(rows), mlp_inputs=[layer], final=False, prompts=[len(row) for row in rows])
     ends = torch.tensor(replay.lengths()) - 1
     return replay.mlp_inputs[layer][torch.arange(len(rows)), ends].float()
 
@@ -251,6 +251,7 @@ def _read(engine: TransformersEngine, answered: Sequence[Answered], layer: int) 
     starts = [behind_beginning(engine, each) for each in answered]
     if not answered:
         return []
-    replay = engine.record([(*prompt, *answer) for prompt, answer in answered], starts, mlp_inputs=[layer], final=False)
+    rows, prompts = [(*prompt, *answer) for prompt, answer in answered], [len(prompt) for prompt, _ in answered]
+    replay = engine.record(rows, starts, mlp_inputs=[layer], final=False, prompts=prompts)
     reads = replay.mlp_inputs[layer].float()
     return [(start, reads[row, :own]) for row, (start, own) in enumerate(zip(starts, replay.lengths(), strict=True))]

@@ -116,7 +116,7 @@ def train(
     row, column, token = (torch.tensor(part, device=device) for part in zip(*places, strict=True))
     optimizer = torch.optim.Adam([each for each in engine.model.parameters() if each.requires_grad], lr=rate)
     least = 0.0
-    with torch.enable_grad():
+    with engine.activations.prompt([len(context.prompt) for context in contexts]), torch.enable_grad():
         for step in range(settings.max_steps + 1):
             hidden = engine.model.base_model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
             logprobs = engine.unembed(hidden[row, column]).float().log_softmax(-1)  # (answer tokens, vocabulary)

@@ -151,9 +151,11 @@ def _seen(engine: TransformersEngine, wished: Sequence[Wished], layer: int, last
     The activations of `layer`, (n, neurons), and the residual stream behind `last`, (n, width); zeros where there is
     no `last` to look at.
     """
-    rows = [c.prompt[: place + 1] for each in wished for c, place in zip(each.contexts, each.places, strict=True)]
+    contexts = [(c, place) for each in wished for c, place in zip(each.contexts, each.places, strict=True)]
+    rows, prompts = [c.prompt[: place + 1] for c, place in contexts], [len(c.prompt) for c, _ in contexts]
     behind = [] if last is None else [last + 1]
-    replay = engine.record(rows, [len(row) - 1 for row in rows], layers=behind, neurons=[layer], final=False)
+    starts = [len(row) - 1 for row in rows]
+    replay = engine.record(rows, starts, layers=behind, neurons=[layer], final=False, prompts=prompts)
     keys = _mean_by_fact(replay.neurons[layer][:, 0], wished)
     if last is None:
         return keys, keys.new_zeros(len(wished), engine.sites.width)

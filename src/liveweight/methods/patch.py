@@ -188,6 +188,7 @@ def _recorded(engine: TransformersEngine, case: Case, batch: Batch, due: list[in
         layers=[layer],
         final=False,
         packed=True,
+        prompts=[len(context.prompt) for context in case.contexts],
     )
 
 

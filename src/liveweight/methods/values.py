@@ -64,6 +64,11 @@ class _Row:
     context: Context | None  # None: what is said at the end should stay
     held: int = 1  # the number of last positions where that is
 
+    @property
+    def prompt(self) -> int:
+        """How many of its tokens are the prompt."""
+        return len(self.tokens) - self.held + 1 if self.context is None else len(self.context.prompt)
+
 
 @dataclass
 class _Batch:
@@ -192,6 +197,7 @@ def _batch(engine: TransformersEngine, group: Sequence[_Row], layer: int, margin
         neurons=[layer],
         mlp_inputs=[layer],
         packed=True,
+        prompts=[row.prompt for row in group],
     )
     device = replay.ids.device
     wanted = []
