@@ -22,6 +22,7 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import (
     GuardRefused,
     InvalidInput,
+    LedgerDamaged,
     NoEffect,
     NoMendFound,
     NoSpace,
@@ -536,3 +537,15 @@ def test_while_a_correction_is_replaced_others_see_what_is_committed(
     change = live.fix(live.chat(QUESTION), "y", force=True)
     assert seen == [True, True]
     assert change.report is not None and change.report.version_before == str(committed[1])
+
+
+def test_a_change_whose_tensors_are_lost_can_still_be_undone_while_the_model_runs(live: LiveModel) -> None:
+    before = live.fingerprints()
+    change = live.fix(live.chat(QUESTION), "z", force=True)
+    for blob in (live.settings.workspace / "blobs").rglob("*"):
+        if blob.is_file():
+            blob.unlink()
+    with pytest.raises(LedgerDamaged):
+        live.off("c999")
+    live.undo(change)
+    assert live.fingerprints() == before

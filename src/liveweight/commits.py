@@ -109,12 +109,14 @@ class Commits:
 
         What was intended does not count as done, so the weights can go back also where the ledger cannot be written.
         """
-        state = self._ledger.state(self._model)
-        if not self._engine.holds(state):  # else a change would wait for replies, to change nothing
-            self._engine.become(state)
-        for change in self._ledger.changes(self._model, states=["intended"]):
-            self._ledger.fail(change.id, "it was interrupted before it was done")
-        self._ledger.recover()
+        try:
+            state = self._ledger.state(self._model)
+            if not self._engine.holds(state):  # else a change would wait for replies, to change nothing
+                self._engine.become(state)
+        finally:
+            for change in self._ledger.changes(self._model, states=["intended"]):
+                self._ledger.fail(change.id, "it was interrupted before it was done")
+            self._ledger.recover()
 
     def protected_items(self, without: Callable[[ProtectedAnswer], bool] = lambda each: False) -> list[ProtectedItem]:
         """The protected answers as the guard takes them, but for those that are not to count."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,7 +28,7 @@ from liveweight.engines.base import Message, Sampling, Token
 from liveweight.engines.model_source import load as load_checkpoint
 from liveweight.engines.model_source import resolve
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import InvalidInput, StateConflict, UnknownChange
+from liveweight.errors import InvalidInput, LedgerDamaged, StateConflict, UnknownChange
 from liveweight.evidence import answer_under
 from liveweight.guard import Guard, GuardReport
 from liveweight.interrupts import uninterrupted
@@ -596,7 +596,8 @@ class LiveModel(Reading):
             )
         try:
             if not self._settled:  # the ledger could not be written when the last change failed
-                self._settle()
+                with suppress(LedgerDamaged):  # what is damaged may be what is now to be undone
+                    self._settle()
             yield
         except BaseException:
             self._settle()

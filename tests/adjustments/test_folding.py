@@ -167,6 +167,12 @@ def test_what_spare_neurons_write_is_ablated_too() -> None:
     expect_same_function(Ablate(site=STREAM, direction=3 * randn(WIDTH)), sites)
 
 
+def test_free_spare_neurons_are_no_part_of_a_fold_so_that_it_can_be_exported() -> None:
+    sites = with_spare_neurons(model_sites(tiny_model("llama")), 8)
+    ops = fold(Ablate(site=STREAM, direction=randn(WIDTH)), sites)
+    assert ops and not any(".spare." in getattr(op, "site", "") for op in ops)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama_tied", "gemma2", "gemma3_text", "olmo2"])
 def test_an_ablated_stream_does_not_fold_into_tied_embeddings_or_behind_norms(name: str) -> None:
     assert fold(Ablate(site=STREAM, direction=randn(WIDTH)), model_sites(tiny_model(name))) is None

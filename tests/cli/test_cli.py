@@ -457,14 +457,14 @@ def test_a_chat_for_programs_gives_a_reply_a_line(run: Run) -> None:
 
 
 def test_a_chat_for_programs_tells_what_commands_do_a_line_each(run: Run) -> None:
-    lines = [QUESTION, "/why", "/fix z", "/changes", "/off c1", "/history", "/step", "/help", "/quit"]
+    lines = [QUESTION, "/why", "/fix z", "/changes", "/off c1", "/history", "/step", "/help", "/new", "/quit"]
     result = run("chat", "--json", given="\n".join(lines) + "\n")
-    reply, why, fixed, changes, off, history, commands = (json.loads(line) for line in result.stdout.splitlines())
+    reply, why, fixed, changes, off, history, commands, new = (json.loads(line) for line in result.stdout.splitlines())
     assert (reply["label"], why["reply"], fixed["label"], fixed["state"]) == ("r1", "r1", "c1", "active")
     assert [change["label"] for change in changes] == ["c1"]
     assert (off["label"], off["state"]) == ("c1", "off")
     assert history[-2:] == [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": reply["text"]}]
-    assert "/undo [ID]" in commands
+    assert "/undo [ID]" in commands and new == {"chat": "new"}
     assert "/step is a conversation" in result.stderr
 
 
@@ -712,7 +712,7 @@ def test_a_question_is_shown_as_it_is_asked() -> None:
     [
         ('\ufeff{"prompt": "a\\u2028b"}\n{"prompt": "c", "answer": "d"}', ["a\u2028b", ("c", "d")]),
         ('{"prompt": "a\u2028b"}\r\n', ["a\u2028b"]),
-        ("a\n\nb", ["a", "b"]),
+        ("a \n\n  b\r\n", ["a ", "  b"]),
     ],
 )
 def test_a_file_of_prompts_is_read_as_it_was_meant(text: str, found: list[object], tmp_path: Path) -> None:

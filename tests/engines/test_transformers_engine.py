@@ -308,3 +308,17 @@ def test_ctrl_c_while_a_preview_ends_waits_until_the_weights_are_back(
     with pytest.raises(KeyboardInterrupt), engine.preview((loud(engine),)):
         armed.append(1)
     assert engine.fingerprints() == before
+
+
+def test_a_recording_is_told_where_the_prompt_ends_and_so_is_what_is_run_of_it_again(
+    engine: TransformersEngine,
+) -> None:
+    steer = Steer(site="layers.1.resid", vector=torch.ones(engine.sites.width), when="generated")
+    engine.become((Active(Adjustment(name="steer", method="test", ops=(steer,))),))
+    row = [*PROMPT, 4, 12]
+    with torch.inference_mode(), engine.activations.prompt(len(PROMPT)):
+        whole = engine.model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0, 1:]
+    replay = engine.record([row], [1], layers=[1], prompts=[len(PROMPT)])
+    torch.testing.assert_close(replay.final[0], whole)
+    torch.testing.assert_close(replay.run(1)[0], whole)
+    assert not torch.allclose(engine.record([row], [1]).final[0], whole)

@@ -175,8 +175,9 @@ def _orthogonal_writers(op: Ablate, sites: ModelSites) -> tuple[WeightOp, ...] |
             sites.mlp_part(layer, "down", expert).removesuffix(".weight")
             for expert in range(sites.experts_of(layer)) or (None,)
         ]
-        if sites.spare_of(layer):
-            writers.append(f"layers.{layer}.mlp.spare.down")
+        spare = f"layers.{layer}.mlp.spare.down"
+        if sites.spare_of(layer) and bool(_read(f"{spare}.weight", sites).any()):  # free ones write nothing
+            writers.append(spare)
         for writer in writers:
             along = direction @ _read(f"{writer}.weight", sites)
             folded.append(LowRank(site=f"{writer}.weight", left=-direction[:, None], right=along[None]))

@@ -84,6 +84,11 @@ class WeightState:
         return self._state
 
     @property
+    def whole(self) -> bool:
+        """Whether every weight is known to be that of the state; not where even putting it back was cut short."""
+        return all(origins is not _UNFINISHED for origins in self._origins.values())
+
+    @property
     def pristine_bytes(self) -> int:
         """The memory that the kept pristine values take."""
         return sum(held.values.numel() * held.values.element_size() for held in self._held.values())

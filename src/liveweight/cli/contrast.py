@@ -89,8 +89,8 @@ def read_prompts(path: Path) -> list[Given]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path} cannot be read: {error}.", hint="Give a file of prompts, a line each.") from error
-    kept = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not kept or not kept[0][1].startswith("{"):
+    kept = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not kept or not kept[0][1].lstrip().startswith("{"):
         return [line for _, line in kept]
     found: list[Given] = []
     for number, line in kept:

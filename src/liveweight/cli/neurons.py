@@ -88,7 +88,8 @@ def _compared(live: LiveModel, atlas: Atlas, other: str, options: Options, fast:
     from liveweight.tracing.atlas import read_atlas
 
     own = live.settings
-    loaded = load(resolve(other, settings=own), dtype=own.dtype, device=own.device, progress=not options.json)
+    found = resolve(other, settings=own.model_copy(update={"revision": None}))  # the revision is the first one's
+    loaded = load(found, dtype=own.dtype, device=own.device, progress=not options.json)
     engine = TransformersEngine(loaded, threads=own.threads, spare_neurons=0)
     with output.bar(quiet=options.json) as bar:
         shown = output.counted(bar, f"Labelling the neurons of {other}")

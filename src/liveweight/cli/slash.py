@@ -132,7 +132,7 @@ def _history(talk: Talk, rest: str) -> None:
 
 def _new(talk: Talk, rest: str) -> None:
     talk.last = None
-    output.say("a new chat")
+    talk.tell(Text("a new chat", "dim"), {"chat": "new"})
 
 
 def _help(talk: Talk, rest: str) -> None:

@@ -104,7 +104,8 @@ class TransformersEngine:
 
     def holds(self, state: State) -> bool:
         """Whether the model is in that state already, weights and hooks."""
-        return all(held == state for held in (self._state, self.weights.state, self.activations.state))
+        held = self._state, self.weights.state, self.activations.state
+        return self.weights.whole and all(each == state for each in held)
 
     @contextmanager
     def preview(self, state: State) -> Iterator[None]:

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -93,12 +94,7 @@ class Guard:
         self.engine = engine
         self.settings = settings
         self.probes = probes if probes is not None else load_probes(settings.probe_file)
-        # What is asked, as tokens: the same weights may come with another template or system prompt.
-        asked = [engine.encode(probe.messages) for probe in self.probes.chats]
-        asked += [engine.format.encode_text(probe.text, special=True) for probe in self.probes.texts]
-        told = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
-        name = f"{engine.info.hash[:20]}-{engine.info.dtype}-{self.probes.hash[:12]}-{told}-{settings.tokens}"
-        self._folder = cache_dir / "guard" / name
+        self._cache_dir = cache_dir
         self._rows: list[_Row] | None = None
         self._final: list[Tensor] = []  # a row: (T, width), what left the base's final norm at the measured positions
         self._inputs: dict[int, list[Tensor]] = {}  # layer -> a row: (all T, width)
@@ -108,6 +104,19 @@ class Guard:
         ] = {}  # layer, tokens -> (T, width), the base's
         self._protected_seen: dict[str, dict[tuple[int, ...], _Seen]] = {}  # state hash -> tokens -> what they showed
         self._seen: dict[str, dict[str, _Seen]] = {}  # state hash -> probe id -> what it showed
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Where the base's references are kept: by the model, and by what is asked of it, as tokens.
+
+        The same weights may come with another tokenizer, template or system prompt.
+        """
+        asked = [self.engine.encode(probe.messages) for probe in self.probes.chats]
+        asked += [self.engine.format.encode_text(probe.text, special=True) for probe in self.probes.texts]
+        told = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+        info, tokens = self.engine.info, self.settings.tokens
+        name = f"{info.hash[:20]}-{info.dtype}-{self.probes.hash[:12]}-{told}-{tokens}"
+        return self._cache_dir / "guard" / name
 
     def measure(
         self,

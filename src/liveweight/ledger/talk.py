@@ -7,7 +7,7 @@ own by becoming another checkpoint under the same name.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import select
@@ -48,7 +48,7 @@ class Talk(Access):
             row = session.get(ModelRow, hash)
             if row is None:
                 if not other_checkpoint:
-                    _refuse_lost_changes(session, hash, source)
+                    _refuse_lost_changes(session, hash, {source, name})  # a folder once went by its name alone
                 row = ModelRow(hash=hash, name=name, source=source, architecture=architecture)
                 session.add(row)
                 moves.note(session, "model", hash[:12], hash, {"name": name, "source": source})
@@ -171,13 +171,13 @@ def _require_public(written: str) -> None:
         raise InvalidInput(f"{written!r} looks like an id of the ledger's own.", hint="Use one such as chatcmpl-3f2a.")
 
 
-def _refuse_lost_changes(session: Session, hash: str, source: str) -> None:
-    for other in session.scalars(select(ModelRow).where(ModelRow.source == source, ModelRow.hash != hash)):
+def _refuse_lost_changes(session: Session, hash: str, sources: Collection[str]) -> None:
+    for other in session.scalars(select(ModelRow).where(ModelRow.source.in_(sources), ModelRow.hash != hash)):
         active = reading.changes(session, other.hash, ("active",))
         if active:
             raise WrongModel(
-                f"{source} is now another checkpoint ({hash[:12]}) than the one that {len(active)} active change(s) of"
-                f" this workspace were made for ({other.hash[:12]}).",
+                f"{other.source} is now another checkpoint ({hash[:12]}) than the one that {len(active)} active change(s)"
+                f" of this workspace were made for ({other.hash[:12]}).",
                 hint="Load that checkpoint again, or choose another workspace.",
                 model=other.hash,
             )

@@ -37,7 +37,8 @@ def next_best(
     asked, circling = content_words(question), None
     for head in _heads(engine, prompt, question, answer, judged):
         opening = engine.format.decode(head)
-        final = engine.record([[*prompt, *head]], [len(prompt) + len(head) - 1]).final[0, 0]
+        end = len(prompt) + len(head) - 1
+        final = engine.record([[*prompt, *head]], [end], prompts=[len(prompt)]).final[0, 0]
         with engine.gate.step(), torch.no_grad():
             logprobs = engine.unembed(final).float().cpu().log_softmax(-1)
         likely = [each for each in logprobs.topk(ALTERNATIVES).indices.tolist() if float(logprobs[each]) >= UNLIKELY]

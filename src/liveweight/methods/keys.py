@@ -26,9 +26,8 @@ def answer_keys(
     """
     if not answered:
         return torch.empty(0, engine.sites.neurons_of(layer), device=engine.model.device)
-    rows = [(*prompt, *answer) for prompt, answer in answered]
     starts = [behind_beginning(engine, each) if prompts else max(1, len(each[0]) - 1) for each in answered]
-    return torch.cat(_read(engine, rows, starts, layer)).float()
+    return torch.cat(_read(engine, answered, starts, layer)).float()
 
 
 def base_keys(engine: TransformersEngine, answered: Sequence[Answered], layer: int) -> Tensor:
@@ -42,7 +41,7 @@ def base_keys(engine: TransformersEngine, answered: Sequence[Answered], layer: i
         batch = missing[start : start + _ROWS]
         starts = [behind_beginning(engine, each) for each in batch]
         with engine.preview(()):
-            read = _read(engine, [(*prompt, *answer) for prompt, answer in batch], starts, layer)
+            read = _read(engine, batch, starts, layer)
         known.update({each: keys.float() for each, keys in zip(batch, read, strict=True)})
     nothing = torch.empty(0, engine.sites.neurons_of(layer), device=engine.model.device)
     return torch.cat([nothing, *(known[each] for each in answered)])
@@ -54,7 +53,8 @@ def behind_beginning(engine: TransformersEngine, answered: Answered) -> int:
     return max(1, min(engine.format.beginning_of(prompt), len(prompt) - 1))
 
 
-def _read(engine: TransformersEngine, rows: Sequence[Sequence[int]], starts: Sequence[int], layer: int) -> list[Tensor]:
-    """A row: (T, neurons) from its start on."""
-    replay = engine.record(rows, starts, neurons=[layer], final=False)
+def _read(engine: TransformersEngine, answered: Sequence[Answered], starts: Sequence[int], layer: int) -> list[Tensor]:
+    """Of each prompt with its answer: (T, neurons) from its start on."""
+    rows, prompts = [(*prompt, *answer) for prompt, answer in answered], [len(prompt) for prompt, _ in answered]
+    replay = engine.record(rows, starts, neurons=[layer], final=False, prompts=prompts)
     return [replay.neurons[layer][row, :length] for row, length in enumerate(replay.lengths())]

@@ -54,7 +54,8 @@ def surroundings(
     questions = everyday_questions()
     plain = plain_text()
     reworded = same_questions()
-    told = "\n".join((_FORMAT, *questions, *(text for same in reworded for text in same))) + plain
+    template = str(engine.format.tokenizer.chat_template)  # the same weights may come with another one
+    told = "\n".join((_FORMAT, template, *questions, *(text for same in reworded for text in same))) + plain
     text_hash = hashlib.sha256(told.encode()).hexdigest()[:12]
     paths = {layer: folder / f"{engine.info.hash[:24]}-{text_hash}-{layer}.safetensors" for layer in layers}
     missing = [layer for layer in layers if not paths[layer].is_file()]

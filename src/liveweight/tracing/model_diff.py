@@ -51,7 +51,8 @@ def diff(
     if rank < 1:
         raise InvalidInput(f"A rank of {rank} spans nothing.", hint="Give 1 or more.")
     settings = settings or Settings()
-    one, two = _engine(a, settings), _engine(b, settings)
+    one = _engine(a, settings)
+    two = _engine(b, settings.model_copy(update={"revision": None}))  # the revision is the first one's
     pair = TwoModels(one, two)
     changes: list[SiteChange] = []
     moves = _Moves()
