@@ -176,8 +176,8 @@ def _refuse_lost_changes(session: Session, hash: str, sources: Collection[str]) 
         active = reading.changes(session, other.hash, ("active",))
         if active:
             raise WrongModel(
-                f"{other.source} is now another checkpoint ({hash[:12]}) than the one that {len(active)} active change(s)"
-                f" of this workspace were made for ({other.hash[:12]}).",
+                f"{other.source} is now another checkpoint ({hash[:12]}) than the one that {len(active)} active"
+                f" change(s) of this workspace were made for ({other.hash[:12]}).",
                 hint="Load that checkpoint again, or choose another workspace.",
                 model=other.hash,
             )
