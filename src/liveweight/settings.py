@@ -11,11 +11,10 @@ The TOML file is the one that `LIVEWEIGHT_CONFIG` names, else `liveweight.toml` 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, Literal
 
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -308,38 +307,17 @@ def _refuse_unknown_variables() -> None:
 
 def _not_json(error: SettingsError) -> InvalidInput:
     """Say of an environment variable that holds many values which one it is, and how it is written."""
-    for variable, value in os.environ.items():
-        if variable.upper() in _variable_names():
-            field = _field_at(variable.upper().removeprefix(ENV_PREFIX).lower().split("__"))
-            many = field == "a group" or get_origin(field) is tuple
-            if many and not _is_json(value):
-                form = '{"name": value}' if field == "a group" else '["one", "two"]'
-                return InvalidInput(
-                    f"The environment variable {variable} cannot be {value!r}: it is not JSON.",
-                    hint=f"Write it as {form}, or unset it.",
-                    setting=variable,
-                    value=value,
-                )
-    return InvalidInput(f"The settings cannot be read: {error}.", hint="See the variables that begin with LIVEWEIGHT_.")
-
-
-def _field_at(path: list[str]) -> Any:
-    """What kind of value a setting takes; "a group" where it is several settings."""
-    model: type[BaseModel] = Settings
-    for part in path[:-1]:
-        annotation = model.model_fields[part].annotation
-        assert isinstance(annotation, type)  # only groups have something below them
-        model = annotation
-    annotation = model.model_fields[path[-1]].annotation
-    return "a group" if isinstance(annotation, type) and issubclass(annotation, _Group) else annotation
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+    value = getattr(error.__cause__, "doc", None)  # what could not be read as JSON
+    known = _variable_names()
+    variable = next((name for name, held in os.environ.items() if held == value and name.upper() in known), None)
+    if variable is None:
+        return InvalidInput(f"The settings cannot be read: {error}.", hint="See the LIVEWEIGHT_ variables.")
+    return InvalidInput(
+        f"The environment variable {variable} cannot be {value!r}: it is not JSON.",
+        hint='Write a list as ["one", "two"], a group of settings as {"name": value}, or unset it.',
+        setting=variable,
+        value=value,
+    )
 
 
 def _explained(error: ValidationError, flags: dict[str, Any]) -> InvalidInput:

@@ -7,7 +7,6 @@ server is on loopback, and whoever reaches it may do everything. Knows nothing o
 from __future__ import annotations
 
 import html
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
+from liveweight.engines.fingerprints import write_atomically
 from liveweight.errors import LiveweightError, Unauthorized
 from liveweight.server.access import LOCAL, holder_of
 from liveweight.web.parts import aside
@@ -146,10 +146,5 @@ def page_secret(workspace: Path) -> str:
     if len(known) >= _SECRET:
         return known
     made = secrets.token_urlsafe(_SECRET)
-    partial = path.with_name(f"page-secret.{secrets.token_hex(4)}")
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-        file.write(made)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(path, made)  # readable by its owner alone
     return made

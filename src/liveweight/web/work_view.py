@@ -42,7 +42,7 @@ class WorkView:
 
     async def send(self, subject: str, request: dict[str, Any], *, changing: bool = False) -> None:
         """Ask for the work. Reading needs no editor's key; what the API asks one for is `changing`."""
-        if not (await self._frame.allowed() if changing else await self._frame.known()):
+        if not await self._may(changing):
             return
         jobs, author = self._frame.service.jobs, self._frame.visitor.author
         try:
@@ -90,7 +90,9 @@ class WorkView:
             self._said.text = text
 
     async def _cancel(self, job: Job) -> None:
-        own = job.author == self._frame.visitor.author
-        if not (await self._frame.known() if own else await self._frame.allowed()):
-            return
-        await aside(self._frame.service.jobs.cancel, job.id)
+        if await self._may(job.author != self._frame.visitor.author):
+            await aside(self._frame.service.jobs.cancel, job.id)
+
+    async def _may(self, changing: bool) -> bool:
+        """Whether this visitor may do what takes an editor, or else what takes any key; said aloud where not."""
+        return await self._frame.allowed() is not None if changing else await self._frame.known()
