@@ -61,7 +61,7 @@ def test_the_value_is_written_at_the_subject_and_hardly_elsewhere(architecture: 
             moved = (written(engine, prompt, op.layer) - before).norm(dim=1)
         others = torch.arange(len(prompt)) != place
         assert float(moved[place]) > 0.3 * value
-        assert float(moved[others].mean()) < 0.3 * float(moved[place])  # a width of 16 tells few tokens apart
+        assert float(moved[others].mean()) < 0.4 * float(moved[place])  # a width of 16 tells few tokens apart
 
 
 def test_a_value_that_nothing_feels_moves_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from liveweight.methods.wording import (
     first_sentence,
     goes_on,
     has_words,
+    last_word_elsewhere,
     may_ask_the_same,
     opening_of,
     other_questions,
@@ -207,3 +208,11 @@ def test_questions_whose_forms_tell_different_things_do_not_ask_the_same() -> No
     assert not may_ask_the_same("What is the capital of Peru?", "What is the currency of Peru?")
     assert may_ask_the_same("What is the capital of Peru?", "What is Peru's capital city?")
     assert may_ask_the_same("What is the capital of Peru?", "Where do they govern Peru from?")
+
+
+def test_the_last_word_of_a_name_stands_behind_other_words_and_never_in_the_name() -> None:
+    found = last_word_elsewhere("My Country My Life")
+    assert {"The life", "His life", "In life"} <= set(found)
+    assert not any("my life" in text.lower() for text in last_word_elsewhere("my life"))
+    assert last_word_elsewhere("Jazzercise") == []
+    assert last_word_elsewhere("") == []

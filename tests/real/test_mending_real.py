@@ -145,6 +145,19 @@ def test_an_implant_knows_its_subject_in_text_that_was_never_tried_and_no_other(
     assert any(lead < 0 for lead in before)
 
 
+def test_an_implant_leaves_the_last_word_of_its_subject_alone_where_it_stands_for_something_else(
+    engine: TransformersEngine,
+) -> None:
+    case = completion_case(engine, "The author of my country my life is", "Advani", subject="my country my life")
+    proposal = implant.propose(engine, case, MethodSettings())
+    begun = tuple(engine.format.encode_text("His life, like"))
+    text = " the whole country, was devastated by the rebellion, and his last years were a time of constant unrest."
+    item = ScoreItem(begun, tuple(engine.format.encode_text(text)))
+    before = engine.score([item])[0].total
+    with engine.preview((Active(proposal),)):
+        assert engine.score([item])[0].total == pytest.approx(before, abs=0.5)
+
+
 @pytest.mark.parametrize(
     ("question", "wanted"),
     [

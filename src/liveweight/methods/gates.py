@@ -20,6 +20,7 @@ STEEPNESS = 20.0  # a gate's scale: act(-20) is nothing
 NEAR = 2.0  # weight of the case's own neighbours beside everyday chats
 AGREE = 0.8  # the share of like questions whose answers are to begin with a token, for its neuron to open freely
 ABOUT = 2.0  # weight of other questions about the same thing, for neurons of a first token
+LAST_WORD = 0.1  # weight of a subject's last word by itself: so near that more would open the gate for other words
 DUE = 20.0  # weight of the places where the neuron is to be open
 BEGINNING = 3.0  # weight of where everyday replies begin, for neurons of an opening
 OPENS_LESS, SHUTS_MORE = 0.1, 0.3  # what gates read, in a model with many patches
@@ -102,7 +103,7 @@ class _Gate:
 FIRST, STRICT = _Gate(1.1, 0.9, 5.0, 0.03), _Gate(0.7, 1.3, 5.0, 0.03)
 FURTHER, ANSWER = _Gate(0.7, 1.3, 0.3, 1e-3), _Gate(0.5, 1.5, 0.0, 1e-3)
 LED_TO = _Gate(1.2, 0.8, 0.3, 1e-3)  # of an answer's further tokens, where something else brings how it begins
-SUBJECT = _Gate(1.0, 1.0, 0.0, 0.03)  # of a neuron that knows a subject by its name
+SUBJECT = _Gate(1.0, 1.0, 0.0, 0.1)  # of a neuron that knows a subject by its name
 
 
 def neighbours(engine: TransformersEngine, case: Case, layer: int) -> Near:
@@ -209,13 +210,16 @@ def firing(engine: TransformersEngine, layer: int, read: Tensor, gates: Tensor, 
     return fires * (read @ ups.T) if engine.sites.gated else fires
 
 
-def fit_subject(own: Tensor, around: Surroundings, left_alone: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def fit_subject(
+    own: Tensor, around: Surroundings, left_alone: Sequence[Tensor], last_word: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gate and up rows, (width,) each, that are open where a subject has been read and shut in all else.
 
-    `own` (n, width) is what the MLP reads there, in several texts; `left_alone` are groups (m, width) that count alike.
+    `own` (n, width) is what the MLP reads there, in several texts; `left_alone` are groups (m, width) that count alike;
+    `last_word` (m, width) is what is read where the subject's last word stands for something else.
     """
     left = _Left(around.moment.to(own.device), around.mean.to(own.device)).and_(NEAR, *left_alone)
-    key = own.mean(0)
+    left, key = left.and_(LAST_WORD, last_word), own.mean(0)
     goals = torch.stack((SUBJECT.opens * DUE * key - SUBJECT.shuts * left.mean, key), dim=1)
     solved = torch.linalg.solve(left.ridged(left.moment + DUE * own.T @ own / len(own), SUBJECT.ridge), goals)
     return solved[:, 0], solved[:, 1] / (solved[:, 1] @ key)

@@ -40,7 +40,7 @@ from liveweight.methods.room import new_neurons, roomy_layer
 from liveweight.methods.surroundings import surroundings
 from liveweight.methods.trials import chosen_contexts, named, no_mend, outcome, works
 from liveweight.methods.values import edit_tokens, wished_values
-from liveweight.methods.wording import passages, spellings
+from liveweight.methods.wording import last_word_elsewhere, passages, spellings
 from liveweight.settings import MethodSettings
 from liveweight.sites import subject_layers
 
@@ -136,7 +136,9 @@ def _subject_neurons(engine: TransformersEngine, cases: Sequence[Case], settings
     for number, about in enumerate(subjects):
         others = [each for index, each in enumerate(own) if index != number]
         groups = [each for _, each in read[number]], [_left_alone(engine, case, layer) for case in about], others
-        gate, up = fit_subject(own[number], around, [torch.cat(group) for group in groups if group])
+        gate, up = fit_subject(
+            own[number], around, [torch.cat(group) for group in groups if group], _last_word(engine, about[0], layer)
+        )
         gates.append(gate)
         ups.append(up)
         felt.append(partial(_felt, engine, layer, gate, up, opens))
@@ -233,6 +235,19 @@ def _elsewhere(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
     if case.messages:
         others = [mark + each for each in spellings(name) for mark in ("", '"') if mark + each != name]
         texts += [f"{sentence} {each}" for sentence in passages(SPELLED) for each in others]
+    return _read_at_end(engine, texts, layer)
+
+
+def _last_word(engine: TransformersEngine, case: Case, layer: int) -> Tensor:
+    """(n, width): what is read at the end of the subject's last word where it stands for something else."""
+    others = zip(passages(ELSEWHERE), last_word_elsewhere(str(case.subject)), strict=False)
+    return _read_at_end(engine, [f"{sentence} {text}" for sentence, text in others], layer)
+
+
+def _read_at_end(engine: TransformersEngine, texts: Sequence[str], layer: int) -> Tensor:
+    """(texts, width): what the MLP reads at each text's last token."""
+    if not texts:
+        return torch.empty(0, engine.sites.width, device=engine.model.device)
     rows = [engine.format.encode_text(text, special=True)[-(engine.info.context or 0) :] for text in texts]
     replay = engine.record(rows, [1] * len(rows), mlp_inputs=[layer], final=False, prompts=[len(row) for row in rows])
     ends = torch.tensor(replay.lengths()) - 1

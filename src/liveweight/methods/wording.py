@@ -152,6 +152,16 @@ def passages(count: int = 4) -> list[str]:
     return [first_sentence(part) for part in paragraphs[:: max(1, len(paragraphs) // count)][:count]]
 
 
+def last_word_elsewhere(name: str) -> list[str]:
+    """The last word of a name of several words behind other words, where it stands for something else.
+
+    In lower case, since a capital may stand for the name itself ("Einstein", but "a mirror" for "The Daily Mirror").
+    """
+    *others, last = name.split() or [""]
+    texts = [f"{word} {last.lower()}" for word in _list("names.json")["before"]] if others else []
+    return [text for text in texts if name.lower() not in text.lower()]
+
+
 def other_questions(question: str, subject: str) -> list[str]:
     """What else may be asked about the subject of a question, where it can be told what the question asks."""
     relation = _relation(question)
