@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from liveweight.errors import InvalidInput
+from liveweight.line_files import read_lines
 
 Rating = Literal["good", "bad"]
 
@@ -52,11 +53,7 @@ class Lesson(BaseModel):
 
 def read_lessons(path: Path) -> list[Lesson]:
     """The records of a JSON Lines file. Raises InvalidInput that names the file and the line."""
-    try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read: {error}.", hint="Give a JSON Lines file of feedback.") from error
-    found = [_lesson(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [_lesson(line, number, path) for number, line in read_lines(path, "Give a JSON Lines file of feedback.")]
     if not found:
         raise InvalidInput(f"{path} holds no feedback.", hint='A line is {"prompt": "…", "correction": "…"}.')
     return found

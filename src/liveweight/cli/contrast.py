@@ -83,13 +83,9 @@ def read_prompts(path: Path) -> list[Given]:
     Raises InvalidInput naming the file, and the line that is not understood.
     """
     from liveweight.errors import InvalidInput
+    from liveweight.line_files import read_lines
 
-    try:
-        # Not splitlines, which also breaks at U+2028, allowed inside JSON's strings.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read: {error}.", hint="Give a file of prompts, a line each.") from error
-    kept = [(number, line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    kept = read_lines(path, "Give a file of prompts, a line each.")
     if not kept or not kept[0][1].lstrip().startswith("{"):
         return [line for _, line in kept]
     found: list[Given] = []

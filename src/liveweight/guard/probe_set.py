@@ -28,6 +28,7 @@ from typing import Literal, cast
 
 from liveweight.engines.base import Message, Role
 from liveweight.errors import InvalidInput
+from liveweight.line_files import read_lines
 
 ProbeForm = Literal["prompt", "messages", "text"]
 
@@ -184,28 +185,13 @@ def load_probes(path: Path | None = None) -> ProbeSet:
     Raises:
         InvalidInput: naming the file and the line, if the file cannot be read, is empty, or a line is no probe.
     """
-    if path is None:
-        name = BUILT_IN
-        content = resources.files("liveweight.guard").joinpath(BUILT_IN).read_text(encoding="utf-8")
-    else:
-        name = str(path)
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InvalidInput(
-                f"The probe file {name} is not UTF-8 text ({error}).", hint="Save it as UTF-8."
-            ) from error
-        except OSError as error:
-            raise InvalidInput(
-                f"The probe file {name} cannot be read ({error.strerror}).",
-                hint="Give the path of a readable JSON Lines file, or leave it out for the built-in probes.",
-            ) from error
+    hint = "Give the path of a readable JSON Lines file, or leave it out for the built-in probes."
+    with resources.as_file(resources.files("liveweight.guard") / BUILT_IN) as built_in:
+        lines = read_lines(path or built_in, hint)
+    name = str(path or BUILT_IN)
     probes: list[Probe] = []
     first_line: dict[str, int] = {}
-    # Split on newlines alone: str.splitlines would also break a line at U+2028, which JSON allows inside a string.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines:
         probe = _parse(line, name, number)
         if probe.id in first_line:
             raise _unusable(name, number, f"the id {probe.id!r} was already used on line {first_line[probe.id]}")

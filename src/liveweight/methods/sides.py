@@ -15,6 +15,7 @@ from typing import Any
 from liveweight.engines.base import Message
 from liveweight.engines.chat_format import ChatFormat
 from liveweight.errors import InvalidInput
+from liveweight.line_files import read_lines
 
 Chat = str | Sequence[Message | Mapping[str, str]]  # a question, or a chat; its last turn may be the model's answer
 Pair = tuple[Chat, Chat]  # what is wished for, its opposite
@@ -187,12 +188,7 @@ def _message(turn: Mapping[str, str]) -> Message:
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{path} cannot be read: {error}.", hint="Give the path of a UTF-8 text file.") from error
-    # Not splitlines, which also breaks at U+2028, allowed inside JSON's strings.
-    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [(number, line.strip()) for number, line in read_lines(path, "Give the path of a UTF-8 text file.")]
 
 
 def _json(path: Path, number: int, line: str, forms: str) -> Any:
