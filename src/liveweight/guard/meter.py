@@ -106,13 +106,23 @@ class Guard:
         self._seen: dict[str, dict[str, _Seen]] = {}  # state hash -> probe id -> what it showed
 
     @cached_property
+    def _given(self) -> dict[str, tuple[int, ...]]:
+        """What the model is given of each probe, by its id: a chat up to its answer, or a text."""
+        encode_text = self.engine.format.encode_text
+        return {
+            probe.id: tuple(
+                self.engine.encode(probe.messages) if probe.is_chat else encode_text(probe.text, special=True)
+            )
+            for probe in self.probes
+        }
+
+    @cached_property
     def _folder(self) -> Path:
         """Where the base's references are kept: by the model, and by what is asked of it, as tokens.
 
         The same weights may come with another tokenizer, template or system prompt.
         """
-        asked = [self.engine.encode(probe.messages) for probe in self.probes.chats]
-        asked += [self.engine.format.encode_text(probe.text, special=True) for probe in self.probes.texts]
+        asked = [self._given[probe.id] for probe in (*self.probes.chats, *self.probes.texts)]
         told = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         info, tokens = self.engine.info, self.settings.tokens
         name = f"{info.hash[:20]}-{info.dtype}-{self.probes.hash[:12]}-{told}-{tokens}"
@@ -388,16 +398,15 @@ class Guard:
         return self._rows
 
     def _row(self, probe: Probe, answer: list[int]) -> _Row:
-        if probe.is_chat:
-            prompt = self.engine.encode(probe.messages)
-            return _Row(probe.question, (*prompt, *answer), len(prompt), probe)
-        ids = self.engine.format.encode_text(probe.text, special=True)
-        return _Row(probe.text, tuple(ids), 1, probe)
+        given = self._given[probe.id]
+        if not probe.is_chat:
+            return _Row(probe.text, given, 1, probe)
+        return _Row(probe.question, (*given, *answer), len(given), probe)
 
     def _make_reference(self, path: Path, progress: bool) -> None:
         engine, tokens = self.engine, self.settings.tokens
         stored: dict[str, Tensor] = {}
-        chats = sorted(self.probes.chats, key=lambda probe: len(engine.encode(probe.messages)))
+        chats = sorted(self.probes.chats, key=lambda probe: len(self._given[probe.id]))
         with (
             Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
             engine.preview(()),
@@ -406,7 +415,7 @@ class Guard:
             rows: list[_Row] = [self._row(probe, []) for probe in self.probes.texts]
             for start in range(0, len(chats), _CHATS):
                 batch = chats[start : start + _CHATS]
-                replies = engine.greedy([engine.encode(probe.messages) for probe in batch], tokens)
+                replies = engine.greedy([self._given[probe.id] for probe in batch], tokens)
                 rows += [self._row(probe, reply) for probe, reply in zip(batch, replies, strict=True)]
                 bar.advance(task, len(batch))
             for some in _batches(list(range(len(rows))), rows):
