@@ -13,7 +13,7 @@ from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard import Guard, GuardReport, Probe, ProbeSet, ProtectedItem
 from liveweight.guard.budget import budget_of, over_budget
-from liveweight.guard.meter import _Row
+from liveweight.guard.reference import Row
 from liveweight.settings import GuardSettings
 from tracing.tiny_engines import tiny_engine
 
@@ -113,7 +113,7 @@ def test_what_a_change_does_not_reach_shows_what_it_showed_and_is_not_run_again(
     engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard = Guard(engine, SETTINGS, tmp_path, PROBES)
-    row = next(each for each in guard._reference(False) if each.id == "c")
+    row = next(each for each in guard._reference.rows(False) if each.id == "c")
     site = "layers.0.mlp.neurons"
     read = engine.trace(row.tokens, [site]).values[site].double()
     left = torch.randn(engine.sites.width, 1, generator=torch.Generator().manual_seed(3))
@@ -234,5 +234,5 @@ def test_what_is_no_number_is_over_every_budget() -> None:
 def test_a_change_that_makes_noise_is_refused(engine: TransformersEngine, tmp_path: Path) -> None:
     with patch.object(engine, "unembed", lambda final: torch.full((*final.shape[:-1], 61), float("nan"))):
         guard = Guard(engine, SETTINGS, tmp_path, PROBES)
-        seen = guard._judge([_Row("a", (1, 2, 3), 1, PROBES.chats[0])], [torch.zeros(2, 24)], [torch.zeros(2, 24)])
+        seen = guard._judge([Row("a", (1, 2, 3), 1, PROBES.chats[0])], [torch.zeros(2, 24)], [torch.zeros(2, 24)])
     assert seen[0].kl == float("inf")
