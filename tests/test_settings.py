@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from liveweight.errors import InvalidInput
+from liveweight.live_model import LiveModel
 from liveweight.settings import GuardSettings, Settings, config_file
 
 
@@ -158,6 +159,12 @@ def test_every_setting_stands_in_the_docs() -> None:
         elif f"`{name}`" not in everywhere:
             missing.append(name)
     assert missing == []
+
+
+def test_everything_public_of_a_live_model_stands_in_the_docs() -> None:
+    said = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    public = [name for name in dir(LiveModel) if not name.startswith("_")]
+    assert [name for name in public if f"`{name}" not in said and f"LiveModel.{name}" not in said] == []
 
 
 @pytest.mark.parametrize(

@@ -265,8 +265,11 @@ def config_file() -> Path | None:
             )
         return path
     for folder in (Path.cwd(), platformdirs.user_config_path("liveweight")):
-        if (folder / "liveweight.toml").is_file():
-            return folder / "liveweight.toml"
+        try:
+            if (folder / "liveweight.toml").is_file():
+                return folder / "liveweight.toml"
+        except PermissionError:  # a folder that this user may not look into holds nothing for them
+            continue
     return None
 
 

@@ -33,7 +33,8 @@ def test_four_bits_cost_less_with_the_super_weights_held_out_and_every_bit_comes
 ) -> None:
     engine = TransformersEngine(embedded)
     before = engine.fingerprints()
-    found = quantization(engine, Scheme(4, (512, 512), "z", 5.0), tokens=256, cache_dir=model_cache)
+    scheme = Scheme(4, (512, 512), "z", 5.0)
+    found = quantization(engine, scheme, keep_super_weights=True, tokens=256, cache_dir=model_cache)
     assert SUPER_WEIGHT in found.super_weights
     rounded, held = (row.perplexity for row in found.rows)
     assert found.perplexity < held < rounded

@@ -42,7 +42,7 @@ def test_every_linear_weight_of_the_blocks_is_rounded_and_nothing_else(name: str
 def test_the_perplexities_are_those_of_a_model_whose_weights_were_rounded_by_hand(tmp_path: Path) -> None:
     engine = engine_around(model_with_a_super_weight(), tmp_path)
     before = bytes_of(engine.model)
-    found = quantization(engine, Scheme(4, (8, 8)), tokens=128, keep_super_weights=False)
+    found = quantization(engine, Scheme(4, (8, 8)), tokens=128)
     assert bytes_of(engine.model) == before and engine.state == ()
     assert found.super_weights == ((SITE, ROW, COLUMN),)
     assert [(row.super_weights_kept, row.super_activations_kept) for row in found.rows] == [
@@ -81,8 +81,9 @@ def test_the_perplexities_are_those_of_a_model_whose_weights_were_rounded_by_han
 
 def test_what_is_asked_for_is_what_the_adjustment_does(tmp_path: Path) -> None:
     engine = engine_around(model_with_a_super_weight(), tmp_path)
-    plain = quantization(engine, Scheme(4, (64, 64), "z", 3.0), tokens=64, keep_super_weights=False)
-    held = quantization(engine, Scheme(4, (64, 64), "z", 3.0, activations=8), tokens=64)
+    plain = quantization(engine, Scheme(4, (64, 64), "z", 3.0), tokens=64)
+    scheme = Scheme(4, (64, 64), "z", 3.0, activations=8)
+    held = quantization(engine, scheme, tokens=64, keep_super_weights=True, keep_super_activations=True)
     assert not plain.adjustment_keeps and held.adjustment_keeps
     windows = windows_of(engine, tokens=64)
     for found, row in ((plain, 0), (held, -1)):

@@ -20,7 +20,9 @@ def chat(
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of an answer.")] = None,
 ) -> None:
-    """Talk with the model. /fix, /bad, /good, /why and /undo work on the last answer; /help lists the rest.
+    """Talk with the model. /fix, /bad, /good and /why work on the last answer; /help lists the rest.
+
+    /undo takes the newest change back.
 
     With --json each line of stdin is a turn or a command, and what comes of it one line of JSON.
     """
