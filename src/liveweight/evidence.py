@@ -78,6 +78,8 @@ def answer_under(
 def _answered(
     engine: TransformersEngine, state: State, prompt: tuple[int, ...], guess: tuple[int, ...]
 ) -> tuple[str, tuple[int, ...]]:
+    if engine.info.context:  # behind what is accepted there has to be room to go on
+        guess = guess[: max(0, engine.info.context - len(prompt) - 1)]
     with engine.preview(state):
         accepted: list[int] = []
         if guess:

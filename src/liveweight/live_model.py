@@ -186,7 +186,7 @@ class LiveModel(Reading):
     def sampling(self, **given: Any) -> Sampling:
         """How tokens are drawn where this is given: what is left out or None comes from the settings.
 
-        Raises InvalidInput for a setting that there is not.
+        Raises InvalidInput for a setting that there is not, and for a value that cannot be.
         """
         defaults = self.settings.generation
         values: dict[str, Any] = {name: getattr(defaults, name) for name in ("max_tokens", "temperature", "top_p")}
@@ -196,6 +196,8 @@ class LiveModel(Reading):
             raise InvalidInput(
                 f"Sampling has no setting {unknown[0]!r}.", hint=f"It has {', '.join(Sampling.__dataclass_fields__)}."
             )
+        if values["max_tokens"] < 1:
+            raise InvalidInput(f"A reply of {values['max_tokens']} tokens says nothing.", hint="Give 1 or more.")
         return Sampling(**values)
 
     def ask(self, question: str, **options: Any) -> str:

@@ -322,6 +322,22 @@ def test_a_stream_that_was_ablated_has_nothing_left_along_the_direction_anywhere
     assert all(float((value @ direction).abs().max()) < 1e-4 for value in seen)
 
 
+@pytest.mark.parametrize("name", EXPERT_ARCHITECTURES)
+def test_what_clamped_experts_write_is_ablated_too(name: str) -> None:
+    model = tiny_model(name)
+    sites = model_sites(model)
+    activations = ActivationState(sites)
+    direction = randn(WIDTH)
+    clamp = Clamp(layer=0, neurons=(1, 3), values=(30.0, -20.0), expert=1)
+    activations.become(state_of(Ablate(site=STREAM, direction=direction), clamp))
+    seen: list[Tensor] = []
+    handle = sites.activation("layers.0.resid").on(lambda value: seen.append(value))
+    logits_of(model, tiny_tokens())
+    handle.remove()
+    (stream,) = seen
+    assert float((stream @ direction).abs().max()) < 1e-3
+
+
 @every_architecture
 def test_mixing_heads_makes_each_heads_output_a_sum_of_them(name: str) -> None:
     sites = model_sites(tiny_model(name))

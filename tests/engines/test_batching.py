@@ -269,3 +269,26 @@ def test_a_batcher_that_is_closed_ends_everything(engine: TransformersEngine) ->
         ids(running)
     with pytest.raises(Stopping, match="stopping"):
         batcher.submit(PROMPTS[0], Sampling())
+
+
+def test_a_short_prompt_does_not_wait_for_the_whole_of_a_long_one(
+    engine: TransformersEngine, batcher: Batcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (batching, decoding):
+        monkeypatch.setattr(module, "CHUNK", 8)
+    long, short = PROMPTS[3] * 2, PROMPTS[0]
+    ended: list[str] = []
+    with engine.gate.step():  # nothing is read before both are there
+        asked = {"long": long, "short": short}
+        streams = {name: batcher.submit(prompt, Sampling(max_tokens=1)) for name, prompt in asked.items()}
+
+    def wait(name: str) -> None:
+        assert len(ids(streams[name])) == 1
+        ended.append(name)
+
+    waiting = [threading.Thread(target=wait, args=(name,)) for name in streams]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join(10)
+    assert ended == ["short", "long"]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from liveweight.engines.base import Sampling, Version
+from liveweight.engines.chat_format import ChatFormat, TextStream
 from liveweight.engines.generation import Generation
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput
-from tracing.tiny_engines import tiny_engine
+from tiny_models import tiny_model
+from tracing.tiny_engines import tiny_engine, tiny_tokenizer
 
 VERSION = Version(0, "0" * 64)
 
@@ -80,10 +87,59 @@ def test_the_likeliest_tokens_come_with_each_token_likeliest_first(engine: Trans
 
 @pytest.mark.parametrize(
     ("prompt", "sampling", "why"),
-    [([], Sampling(), "no tokens"), ([1] * 8, Sampling(), "context"), ([1], Sampling(temperature=-1), "-1")],
+    [([], Sampling(), "no tokens"), ([1] * 8, Sampling(), "context")],
 )
 def test_what_cannot_be_gone_on_with_is_refused(
     engine: TransformersEngine, prompt: list[int], sampling: Sampling, why: str
 ) -> None:
     with pytest.raises(InvalidInput, match=why):
         Generation(engine.format, prompt, sampling, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 90.0),
+        ("top_p", 0.0),
+        ("top_k", -1),
+        ("max_tokens", -1),
+        ("seed", 2**64),
+    ],
+)
+def test_a_value_that_no_token_can_be_drawn_with_is_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=f"The {name} cannot be {value}"):
+        Sampling(**{name: value})
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters are tokens; what it does not know is a token a byte, as in SentencePiece's models."""
+    known = {"<pad>": 0, "<end>": 1, " ": 2} | {letter: 3 + place for place, letter in enumerate("abcdefgh")}
+    vocabulary = known | {f"<0x{byte:02X}>": len(known) + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+@given(st.text(alphabet="abc é🎉ሰ", max_size=40))
+def test_pieces_of_characters_come_as_whole_characters(text: str) -> None:
+    form = ChatFormat(byte_tokenizer(), tiny_model("llama"))
+    stream, ids = TextStream(form), form.encode_text(text)
+    assert "".join(stream.push(token) for token in ids) == form.decode(ids) == text
+
+
+def test_a_reply_ends_with_what_the_template_puts_behind_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}<end_of_turn>{% endfor %}"
+    form = ChatFormat(tokenizer, tiny_model("llama"))
+    assert form.end_of_reply == tokenizer.convert_tokens_to_ids("<end_of_turn>") != tokenizer.eos_token_id
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    assert ChatFormat(tokenizer, tiny_model("llama")).end_of_reply == tokenizer.eos_token_id
+
+
+def test_half_a_character_is_no_text(engine: TransformersEngine) -> None:
+    with pytest.raises(InvalidInput, match="half of a character"):
+        engine.format.encode_text("a \ud83d b")

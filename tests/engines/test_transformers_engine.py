@@ -322,3 +322,63 @@ def test_a_recording_is_told_where_the_prompt_ends_and_so_is_what_is_run_of_it_a
     torch.testing.assert_close(replay.final[0], whole)
     torch.testing.assert_close(replay.run(1)[0], whole)
     assert not torch.allclose(engine.record([row], [1]).final[0], whole)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("steered", [False, True])
+def test_a_recording_may_begin_at_the_first_token(architecture: str, steered: bool, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    if steered:
+        op = Steer(site="layers.1.resid", vector=torch.ones(engine.sites.width))
+        engine.become((Active(Adjustment(name="steer", method="test", ops=(op,))),))
+    rows = [PROMPT, PROMPT[:3]]
+    for starts in ([0, 0], [2, 0]):
+        replay = engine.record(rows, starts)
+        for row, (ids, start) in enumerate(zip(rows, starts, strict=True)):
+            with torch.no_grad(), engine.activations.prompt(start + 1):
+                whole = engine.model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, start:]
+            torch.testing.assert_close(replay.final[row, : len(ids) - start], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_what_steers_the_embedding_acts_once_in_a_replay(engine: TransformersEngine) -> None:
+    op = Steer(site="embed", vector=torch.randn(engine.sites.width, generator=torch.Generator().manual_seed(1)))
+    engine.become((Active(Adjustment(name="steer", method="test", ops=(op,))),))
+    replay = engine.record([PROMPT], [2], layers=[0])
+    with torch.no_grad():
+        torch.testing.assert_close(replay.run(0, replay.inputs[0]), replay.final)
+    whole, (kept,) = run_whole(engine.model, engine.sites, [PROMPT], keep=0)
+    again, _ = run_whole(engine.model, engine.sites, [PROMPT], layer=0, inputs=[kept])
+    torch.testing.assert_close(again[0], whole[0])
+
+
+def test_a_text_beyond_the_models_positions_is_refused_by_name(tmp_path: Path) -> None:
+    engine = tiny_engine("gpt2", tmp_path)
+    full = [5 + place % 40 for place in range(64)]
+    assert [len(row) for row in engine.greedy([full[:60], full[:3]], 9)] == [4, 4]
+    for ask in (
+        lambda: engine.greedy([full], 1),
+        lambda: engine.score([ScoreItem(tuple(full[:60]), tuple(full[:5]))]),
+        lambda: engine.logits(full[:60], full[:5]),
+        lambda: engine.record([full + full[:1]], [2]),
+    ):
+        with pytest.raises(InvalidInput, match=r"6\d tokens, and the model has 64 positions"):
+            ask()
+    op = Steer(site="layers.1.resid", vector=torch.ones(engine.sites.width))
+    engine.become((Active(Adjustment(name="steer", method="test", ops=(op,))),))
+    short, long = (full[:20], full[:40]), (full[:61], full[:3])  # padded, the first would be longer than the model
+    assert len(engine.score([ScoreItem(tuple(prompt), tuple(answer)) for prompt, answer in (short, long)])) == 2
+
+
+def test_an_answer_is_reported_where_the_context_is_nearly_full(tmp_path: Path) -> None:
+    engine = tiny_engine("gpt2", tmp_path)
+    prompt = tuple(5 + place % 40 for place in range(60))
+    said = tuple(engine.greedy([prompt], 4)[0])
+    text, _ = answer_under(engine, (), prompt, (*said, 5, 6, 7))
+    assert text.startswith(engine.format.decode(said[:3]).strip())
+
+
+def test_a_block_that_remembers_may_end_while_another_thread_looks_things_up(engine: TransformersEngine) -> None:
+    with engine.remembering():
+        engine.greedy([PROMPT], 3)
+        known = engine._said
+    assert known and not engine._said

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from liveweight.adjustments import Active, Adjustment, LowRank
+from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.evaluation import Edit, EditMeter, Likelihood, efficacy, harmonic, neighbourhood, same_first_sentence
 from liveweight.evaluation.generation import answer_batch
@@ -85,3 +86,18 @@ def test_kept_is_what_the_base_said_and_measuring_all_is_measuring_each(engine: 
     after = answer_batch(engine, ["who are you?"], 32)[0]
     assert meter.measure(EDITS[1]).kept == float(same_first_sentence(before, after))
     assert meter.measure_all(EDITS) == [meter.measure(EDITS[0]), meter.measure(EDITS[1])]
+
+
+def test_a_question_is_scored_as_the_model_would_write_it_and_neighbours_by_their_own_answers(
+    engine: TransformersEngine,
+) -> None:
+    said = answer_batch(engine, ["what is tea?"], 3)[0]
+    edit = Edit("c", "question", "what is tea?", "tea", said.strip(), "far", (), ("who are you?",), answers=("a sun",))
+    found = EditMeter(engine, [edit]).measure(edit)
+    text = engine.format.encode_text
+    prompt = engine.encode([Message("user", "who are you?")])
+    (new, _), (own, right) = (nll(engine, prompt, text(f" {answer.strip()}")) for answer in (said, "a sun"))
+    assert found.neighbourhood == float(own < new)
+    assert found.accuracy_neighbourhood == float(right)
+    asked = engine.encode([Message("user", "what is tea?")])
+    assert found.accuracy == float(nll(engine, asked, text(f" {said.strip()}"))[1])

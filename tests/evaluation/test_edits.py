@@ -76,6 +76,7 @@ def test_zsre_is_questions_whose_locality_prompt_loses_its_mark(tmp_path: Path) 
         "uniforms",
     )
     assert (found.paraphrases, found.neighbours) == (("What is made by UniFirst?",), ("who wrote hamlet",))
+    assert found.answers == ("Shakespeare",)
 
 
 def test_qaedit_has_no_old_answer(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from liveweight.adjustments import Active, Adjustment, LowRank, State, Steer
+from liveweight.adjustments import Active, Adjustment, Entries, LowRank, State, Steer
 from liveweight.engines.base import Message
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard import Guard, GuardReport, Probe, ProbeSet, ProtectedItem
@@ -236,3 +236,38 @@ def test_a_change_that_makes_noise_is_refused(engine: TransformersEngine, tmp_pa
         guard = Guard(engine, SETTINGS, tmp_path, PROBES)
         seen = guard._judge([Row("a", (1, 2, 3), 1, PROBES.chats[0])], [torch.zeros(2, 24)], [torch.zeros(2, 24)])
     assert seen[0].kl == float("inf")
+
+
+def test_an_answer_that_becomes_what_it_is_to_be_is_not_broken(engine: TransformersEngine, tmp_path: Path) -> None:
+    taught = change(engine, 5.0)
+    prompt = engine.encode([Message("user", "ask one")])
+    with engine.preview(taught):
+        answer = engine.greedy([prompt], 4)[0]
+    assert answer != engine.greedy([prompt], 4)[0]
+    item = ProtectedItem("p1", tuple(prompt), tuple(answer))
+    guard = Guard(engine, SETTINGS, tmp_path, PROBES)
+    assert guard.measure(taught, protected=[item], before=(), progress=False).protected_changed == ()
+    assert len(guard.measure((), protected=[item], before=taught, progress=False).protected_changed) == 1
+
+
+def test_what_is_known_of_a_state_and_cannot_be_read_is_looked_at_anew(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
+    after = change(engine, 1.0)
+    first = Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    files = list(tmp_path.rglob("states/*.safetensors"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-9])
+    again = Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    assert again.mean_kl == pytest.approx(first.mean_kl, abs=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama_tied", "phi3"])
+def test_writing_what_is_there_into_the_unembedding_is_no_change(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, tmp_path)
+    value = engine.weights.base("lm_head.weight")[3, 5].reshape(1)
+    op = Entries(site="lm_head.weight", indices=torch.tensor([[3, 5]]), values=value)
+    after = (Active(Adjustment(name="same", method="test", ops=(op,))),)
+    report = Guard(engine, SETTINGS, tmp_path, PROBES).measure(after, progress=False)
+    assert report.worst_kl == pytest.approx(0.0, abs=1e-6)

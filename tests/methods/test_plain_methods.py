@@ -388,6 +388,12 @@ def test_grace_answers_near_its_keys_and_is_bit_for_bit_nothing_elsewhere(archit
             assert torch.equal(engine.model(ids).logits, plain)
 
 
+def test_grace_refuses_a_layer_with_nothing_behind_it(tmp_path: Path) -> None:
+    engine = tiny_engine("llama", tmp_path)
+    with pytest.raises(Unsupported, match="a layer behind"):
+        grace.propose(engine, tiny_case(engine), MethodSettings(layer=engine.sites.layers - 1))
+
+
 def test_graces_radius_is_half_the_way_to_what_is_left_alone() -> None:
     keys, alone = torch.tensor([[0.0, 0.0], [5.0, 0.0]]), torch.tensor([[3.0, 4.0], [5.0, 1.0]])
     torch.testing.assert_close(grace._radii(keys, alone), torch.tensor([2.5, 0.5]))

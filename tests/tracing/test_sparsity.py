@@ -14,8 +14,8 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, Unsupported
 from liveweight.tracing.sparsity import RULES, sparsity
 from tests.tracing.test_super_weights import plain_text
-from tests.tracing.tiny_engines import tiny_engine, tiny_tokenizer
-from tiny_models import DENSE_ARCHITECTURES, LAYERS, NEURONS, WIDTH
+from tests.tracing.tiny_engines import engine_around, tiny_engine, tiny_tokenizer
+from tiny_models import DENSE_ARCHITECTURES, LAYERS, NEURONS, WIDTH, tiny_model
 
 TOKENS = 96
 
@@ -158,3 +158,23 @@ def test_a_rise_that_makes_no_sense_is_refused(percent: float, tmp_path: Path) -
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="experts"):
         sparsity(tiny_engine("mixtral", tmp_path))
+
+
+def test_where_most_values_are_zero_already_a_rule_begins_with_those(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp.act_fn = torch.nn.ReLU()
+        block.mlp.gate_proj.weight.sub_(0.3)
+    engine = engine_around(model, tmp_path)
+    seen: list[Tensor] = []
+    handles = [
+        engine.sites.activation(f"layers.{layer}.mlp.neurons").on(lambda value: seen.append(value))
+        for layer in range(LAYERS)
+    ]
+    perplexity(engine, {})
+    for handle in handles:
+        handle.remove()
+    natural = float(torch.cat([each.flatten() == 0 for each in seen]).float().mean())
+    assert natural > 0.4
+    for rule in sparsity(engine, tokens=TOKENS, percent=5.0, layers=False).rules:
+        assert rule.found.share >= natural - 0.02, rule.rule

@@ -138,9 +138,9 @@ class ActivationState:
                     hint="Use ScaleNeurons instead of Gain.",
                 )
             register.append(_gain_hook(module, _joined(wished)))
-        register += [neurons.registration() for neurons in experts.values()]
-        # Blocks hear of positions before anything inside them runs.
-        return [self._position_hook(layer) for layer in sorted(positioned)] + register
+        # Blocks hear of positions before anything inside them runs; what experts write comes before what is done to it.
+        positions = [self._position_hook(layer) for layer in sorted(positioned)]
+        return positions + [neurons.registration() for neurons in experts.values()] + register
 
     def _expert_of(self, op: Clamp | Gain) -> int | None:
         self.sites.check_neurons(op.layer, op.neurons, op.expert)

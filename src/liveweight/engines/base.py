@@ -6,6 +6,7 @@ come out. Knows nothing of transformers, of files, or of why a state is wished f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -13,6 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from liveweight.adjustments import State
+from liveweight.errors import InvalidInput
 
 Role = Literal["system", "user", "assistant"]
 
@@ -71,6 +73,19 @@ class Sampling:
     seed: int | None = None  # with one, a reply does not depend on what else runs at the same time, to the last bit
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0  # how many of the likeliest tokens come with each token
+
+    def __post_init__(self) -> None:
+        """Refuse what no token can be drawn with. Raises InvalidInput naming the setting."""
+        for name, fits, way_out in (
+            ("max_tokens", self.max_tokens >= 0, "Give a number of tokens."),
+            ("temperature", 0.0 <= self.temperature < math.inf, "Give 0 (the likeliest token) or more."),
+            ("top_p", 0.0 < self.top_p <= 1.0, "Give a share above 0, at most 1."),
+            ("top_k", self.top_k >= 0, "Give a number of tokens, or 0 for all."),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "Give a whole number of 64 bits."),
+        ):
+            if not fits:
+                value = getattr(self, name)
+                raise InvalidInput(f"The {name} cannot be {value}.", hint=way_out, setting=name, value=str(value))
 
 
 @dataclass(frozen=True)

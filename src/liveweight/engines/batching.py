@@ -231,6 +231,9 @@ class Batcher:
         piece = chunks(stream.generation.ids[stream.fed :])[0]
         logits = self._feed(stream, piece)
         self.prompt_tokens += len(piece)
+        if stream.fed < len(stream.generation.ids):  # the others' turn: nobody waits for the whole of a long prompt
+            self._running.remove(stream)
+            self._running.append(stream)
         # The last token of all may be left over: it is read as one that was said is, in the next step.
         return [] if stream.fed < len(stream.generation.ids) else [self._drawn(stream, logits)]
 

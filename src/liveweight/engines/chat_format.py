@@ -31,10 +31,23 @@ class ChatFormat:
             if self.has_template and number is not None and end in str(tokenizer.chat_template):
                 found.add(number)
         self.end_tokens: frozenset[int] = frozenset(number for number in found if number is not None)
-        end = tokenizer.eos_token_id
-        self.end_of_reply: int | None = end if self.has_template else None  # plain text has no turn to end
+        self.end_of_reply = self._end_of_reply()
         pad = tokenizer.pad_token_id
         self.pad_token: int = pad if pad is not None else next(iter(self.end_tokens), 0)
+
+    def _end_of_reply(self) -> int | None:
+        """The token that the template puts behind an assistant's turn; None for plain text, where no turn ends."""
+        if not self.has_template:
+            return None
+        end: int | None = self.tokenizer.eos_token_id
+        turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except Exception:  # a template is a program of its own, and may take no finished chats
+            return end
+        place = self.locate_text(text, "Because.")
+        behind = [] if place is None else self.encode_text(text)[place[1] + 1 :]
+        return next((token for token in behind if token in self.end_tokens), end)
 
     def text(self, messages: Sequence[Message]) -> str:
         """The whole prompt as text, ready for the model's answer. Raises InvalidInput for an empty chat."""
@@ -79,9 +92,26 @@ class ChatFormat:
         return self.encode([Message("user", "A")]), self.encode([Message("user", "why")])
 
     def encode_text(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids of a text; `special` adds what the tokenizer puts before plain text."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        """Token ids of a text; `special` adds what the tokenizer puts before plain text.
+
+        Raises InvalidInput for what is no Unicode text, such as half an emoji.
+        """
+        try:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        except TypeError as error:  # tokenizers take no text that UTF-8 does not
+            broken = next((each for each in text if "\ud800" <= each <= "\udfff"), None)
+            if broken is None:
+                raise
+            raise InvalidInput(
+                f"The text holds {broken!r}, half of a character, at place {text.index(broken)}.",
+                hint="Take it out, or complete it: was the text cut in the middle of an emoji?",
+            ) from error
         return ids
+
+    @cached_property
+    def before_text(self) -> tuple[int, ...]:
+        """What the tokenizer puts before plain text."""
+        return tuple(self.encode_text("", special=True))
 
     def encode_continuation(self, prompt: Sequence[int], text: str) -> list[int]:
         """Token ids of a reply, as the model would write it right after `prompt`."""
@@ -129,9 +159,11 @@ class TextStream:
             return ""
         new = text[len(self._said) :]
         if len(self._ids) - self._from > 16 and new:
-            # Decoding a short tail keeps long replies linear; one token of context keeps the spaces right.
-            self._from = len(self._ids) - 1
-            self._said = self._format.decode(self._ids[self._from :])
-        else:
-            self._said = text
+            # Decoding a short tail keeps long replies linear; one token of context keeps the spaces right. Not one that
+            # is a piece of a character: with what comes it would make no text.
+            tail = self._format.decode([token])
+            if "\ufffd" not in tail:
+                self._from, self._said = len(self._ids) - 1, tail
+                return new
+        self._said = text
         return new

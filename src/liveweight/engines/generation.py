@@ -25,7 +25,7 @@ class Generation:
     def __init__(self, chat_format: ChatFormat, prompt: Sequence[int], sampling: Sampling, context: int) -> None:
         """Begin behind `prompt`, in a model that takes `context` tokens (0: any number).
 
-        Raises InvalidInput for a prompt that is empty or too long and for a temperature below 0.
+        Raises InvalidInput for a prompt that is empty or too long.
         """
         if context and len(prompt) >= context:
             raise InvalidInput(
@@ -36,8 +36,6 @@ class Generation:
             )
         if not prompt:
             raise InvalidInput("The prompt has no tokens.", hint="Give some text.")
-        if sampling.temperature < 0.0:
-            raise InvalidInput(f"The temperature cannot be {sampling.temperature}.", hint="Give 0 or more.")
         self.ids = list(prompt)
         self.prompt_length = len(self.ids)
         self.sampling = sampling

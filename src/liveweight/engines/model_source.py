@@ -14,7 +14,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -292,6 +292,11 @@ def _build(folder: Path, source: ModelSource, tensors: dict[str, torch.Tensor], 
             hint="The checkpoint is of another model or is not whole: download it again.",
             missing=wrong,
         )
+    if (folder / "generation_config.json").is_file():  # which tokens end a reply may stand only there
+        from transformers import GenerationConfig
+
+        with suppress(OSError, ValueError):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model  # type: ignore[no-any-return]
 
 

@@ -96,6 +96,11 @@ def unembed(model: PreTrainedModel, sites: ModelSites, final: Tensor) -> Tensor:
     return _scaled(model, logits)
 
 
+def unembed_by(model: PreTrainedModel, final: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+    """As `unembed`, by another table (vocabulary, width)."""
+    return _scaled(model, torch.nn.functional.linear(final, table, bias))
+
+
 def unembed_tokens(model: PreTrainedModel, sites: ModelSites, final: Tensor, tokens: Tensor) -> Tensor:
     """Logits (N, k) of some tokens (N, k) behind `final` (N, width)."""
     logits = torch.einsum("nd,nkd->nk", final, sites.weight("lm_head.weight").parameter.detach()[tokens])
@@ -128,7 +133,7 @@ def record(
 ) -> Replay:
     """Run a batch once and keep what a replay needs; what stands before the suffixes comes from `tree`, if given.
 
-    `rows` are whole token sequences, `starts` where each one's suffix begins (at least 1); the inputs of the blocks in
+    `rows` are whole token sequences, `starts` where each one's suffix begins; the inputs of the blocks in
     `layers`, the neurons of the layers in `neurons` and what the MLPs in `mlp_inputs` read are kept. Where `final` is
     not asked for, the blocks behind all of these only hand on what they get, and `final` means nothing. `packed` asks
     for the suffixes in one row, as far as there is a `tree`.
@@ -151,7 +156,9 @@ def record(
         longest = max(lengths)
         real = torch.cat((torch.tensor(seen, device=device), torch.ones(count, longest, device=device).long()), dim=1)
         ids = torch.tensor([suffix + [pad] * (longest - len(suffix)) for suffix in suffixes], device=device)
-        positions = torch.stack([torch.arange(start, start + longest, device=device) for start in starts])
+        # Behind a row's end nothing is read, and its positions may be more than the model has.
+        counted = torch.tensor(starts)[:, None] + torch.arange(longest)
+        positions = counted.clamp(max=torch.tensor([[len(row) - 1] for row in sequences])).to(device)
     replay = Replay(model, sites, sequences, list(starts), ids, torch.empty(0), {}, {}, packed=offsets)
 
     def before(index: int) -> Any:
@@ -165,7 +172,9 @@ def record(
         return keep
 
     hooks = [
-        block.register_forward_pre_hook(before(index), with_kwargs=True) for index, block in enumerate(sites.blocks)
+        # Before an active steering of the block's input, which acts again when the block is called again.
+        block.register_forward_pre_hook(before(index), with_kwargs=True, prepend=True)
+        for index, block in enumerate(sites.blocks)
     ]
     for layer in neurons:
         point = sites.activation(f"layers.{layer}.mlp.neurons")
@@ -203,12 +212,12 @@ def _past(
     model: PreTrainedModel, rows: list[list[int]], starts: Sequence[int], tree: PrefixTree | None, pad: int
 ) -> tuple[KeysAndValues, list[list[int]]]:
     """Keys and values before each suffix, and which of them count, (rows, length)."""
-    if tree is not None:
+    if tree is not None and any(starts):
         return tree.past(tree.extend([row[:start] for row, start in zip(rows, starts, strict=True)]))
     # Each row for itself: what hooks do depends on the row that a position is in.
     device, cache = next(model.parameters()).device, full_cache()
     prompts = [row[:start] for row, start in zip(rows, starts, strict=True)]
-    widest = max(map(len, prompts))
+    widest = max(1, *map(len, prompts))  # where nothing stands before, one place that does not count
     seen = [[0] * (widest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     real = torch.tensor(seen, device=device)
     ids = torch.tensor([[pad] * (widest - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -263,7 +272,7 @@ def run_whole(
 
     with ExitStack() as undo:
         for index, block in enumerate(sites.blocks):
-            undo.callback(block.register_forward_pre_hook(before(index), with_kwargs=True).remove)
+            undo.callback(block.register_forward_pre_hook(before(index), with_kwargs=True, prepend=True).remove)
             if inputs is not None:
                 undo.callback(_hand_on(block))
         output = model.base_model(

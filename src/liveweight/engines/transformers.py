@@ -7,9 +7,9 @@ Owns one loaded model: the state its weights and hooks are in, the gate before t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from threading import get_ident
 from typing import Any
 
@@ -27,7 +27,7 @@ from liveweight.engines.gate import PATIENCE, Gate, GateMode
 from liveweight.engines.generation import Generation
 from liveweight.engines.model_source import LoadedModel
 from liveweight.engines.prefix_tree import PrefixTree
-from liveweight.engines.replay import Replay, full_cache, record, unembed, unembed_tokens
+from liveweight.engines.replay import Replay, full_cache, record, unembed, unembed_by, unembed_tokens
 from liveweight.errors import InvalidInput
 from liveweight.interrupts import uninterrupted
 from liveweight.sites import SPARE, model_sites, patchable_layers, with_spare_neurons
@@ -251,8 +251,33 @@ class TransformersEngine:
                 values[site] = running.neurons[layer][: self.sites.neurons_of(layer)]
         return logits
 
+    @cached_property
+    def _places(self) -> int | None:
+        """How many positions the model has learnt; None where it can be asked for any."""
+        return (
+            len(self.sites.weight("positions.weight").parameter) if self.sites.has_weight("positions.weight") else None
+        )
+
+    def _fits(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raises InvalidInput for a row of more tokens than the model has positions."""
+        longest = max(map(len, rows), default=0)
+        if self._places is not None and longest > self._places:
+            raise InvalidInput(
+                f"The text has {longest} tokens, and the model has {self._places} positions.",
+                hint="Shorten the chat, or begin a new one.",
+                tokens=longest,
+                context=self._places,
+            )
+
     def greedy(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Each prompt's greedy continuation of at most `tokens` tokens, ended by its end token; all in one batch."""
+        """Each prompt's greedy continuation of at most `tokens` tokens, ended by its end token; all in one batch.
+
+        Where the model has too few positions for the longest prompt's, all of them end there. Raises InvalidInput for a
+        prompt that fills them all.
+        """
+        self._fits([*prompt, 0] for prompt in prompts)
+        if self._places is not None:
+            tokens = min(tokens, self._places - max(map(len, prompts), default=0))
         with self.gate.step():  # else another thread's preview might begin or end between the look and the run
             if self._trees is None:
                 return self._greedy(prompts, tokens)
@@ -322,18 +347,19 @@ class TransformersEngine:
         finally:
             self._trees = before
             if before is None:
-                self._said.clear()
+                self._said = {}  # not cleared: another thread may be looking things up
 
     def _tree(self) -> PrefixTree | None:
         """The tree to run in now; None while a hook is on the model, for hooks count positions."""
         if self.activations.hooks:
             return None
         key = state_hash(self.weights.state)
-        tree = None if self._trees is None else self._trees.get(key)
+        trees = self._trees  # as it is now: another thread may leave its block meanwhile
+        tree = None if trees is None else trees.get(key)
         if tree is None or len(tree) > _REMEMBERED:
             tree = PrefixTree(self.model, self.sites, patchable_layers(self.sites.layers))
-            if self._trees is not None:
-                self._trees[key] = tree
+            if trees is not None:
+                trees[key] = tree
         return tree
 
     # --------------------------------------------------------------------------------------------- measuring
@@ -355,6 +381,7 @@ class TransformersEngine:
 
     def _scores(self, items: Sequence[ScoreItem]) -> list[Score]:
         rows = [[*item.prompt, *item.continuation] for item in items]
+        self._fits(rows)
         starts = [len(item.prompt) - 1 for item in items]
         lengths = [len(item.continuation) for item in items]
         with self.gate.step(), torch.inference_mode():
@@ -388,6 +415,7 @@ class TransformersEngine:
 
     def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         """Before each token of an answer and behind it: (T + 1, vocabulary), float32. Equal weights give equal bits."""
+        self._fits([[*prompt, *answer]])
         with self.gate.step(), self.activations.prompt(len(prompt)), torch.no_grad():
             ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
             final = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -422,6 +450,7 @@ class TransformersEngine:
 
         `prompts` are how many tokens of each row are its prompt; unset, all up to the suffix's first one.
         """
+        self._fits(rows)
         told = partial(self.activations.prompt, [start + 1 for start in starts] if prompts is None else list(prompts))
         with self.gate.step(), told(), torch.no_grad():
             replay = record(
@@ -443,6 +472,15 @@ class TransformersEngine:
     def unembed(self, final: Tensor) -> Tensor:
         """Logits (…, vocabulary) of what leaves the final norm (…, width)."""
         return unembed(self.model, self.sites, final)
+
+    def base_unembed(self, final: Tensor) -> Tensor:
+        """As `unembed` under the base's own unembedding, whatever is active."""
+        table, bias = (
+            self.weights.base(name).to(final) if self.sites.has_weight(name) else None
+            for name in ("lm_head.weight", "lm_head.bias")
+        )
+        assert table is not None  # every model has an unembedding
+        return unembed_by(self.model, final, table, bias)
 
     def unembed_tokens(self, final: Tensor, tokens: Tensor) -> Tensor:
         """Logits (N, k) of some tokens (N, k) behind what leaves the final norm (N, width)."""

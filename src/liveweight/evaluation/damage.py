@@ -125,8 +125,9 @@ class PerplexityMeter:
         """Take the first `tokens` tokens of `text`; the engine's present weights are the reference."""
         # A token is rarely longer than eight characters, so that a long file need not be tokenised whole.
         ids = engine.format.encode_text(text[: tokens * 8])[:tokens]
+        begin = engine.format.before_text
         self._items = [
-            ScoreItem(tuple(ids[start : start + 2]), tuple(ids[start + 2 : start + window]))
+            ScoreItem((*begin, *ids[start : start + 2]), tuple(ids[start + 2 : start + window]))
             for start in range(0, len(ids) - 2, window)
         ]
         if not self._items:

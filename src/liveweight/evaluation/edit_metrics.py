@@ -17,6 +17,7 @@ from liveweight.evaluation.answers import fluency, same_first_sentence, says
 from liveweight.evaluation.edits import Edit, Form
 from liveweight.evaluation.generation import generate_batch
 
+_NEIGHBOURS = 2  # their place in what is compared of an edit
 _REPLY = 32  # tokens of a reply that is judged by its first sentence
 
 
@@ -25,8 +26,8 @@ class Likelihood:
     """One prompt under teacher forcing."""
 
     new: float  # mean negative log-likelihood of the new answer, nats a token
-    true: float | None  # the same of the old one, where it is known
-    said: bool  # whether every token of the new answer (a neighbour: of the old one) is the likeliest
+    true: float | None  # the same of the old one (a neighbour: of its own), where it is known
+    said: bool  # whether every token of the new answer (a neighbour: of its own) is the likeliest
 
     @property
     def prefers_new(self) -> bool | None:
@@ -40,7 +41,7 @@ class EditScores:
 
     efficacy: float | None  # ES: the new answer is likelier than the old one
     paraphrase: float | None  # PS: the same on the paraphrases
-    neighbourhood: float | None  # NS: on the neighbours the old answer is the likelier one
+    neighbourhood: float | None  # NS: on the neighbours their own answer is the likelier one
     accuracy: float  # every token of the new answer is the likeliest
     accuracy_paraphrase: float | None
     accuracy_neighbourhood: float | None  # of the neighbours' own answer
@@ -89,6 +90,16 @@ def _spoken_of(edit: Edit, texts: Sequence[str]) -> list[tuple[Form, str]]:
     return [(edit.form, text) for text in texts] if edit.form == "question" else []
 
 
+def _compared(edit: Edit) -> list[tuple[Sequence[str], Sequence[str | None]]]:
+    """An edit's prompt, its paraphrases and its neighbours, and the answers that the new one is compared with."""
+    own: Sequence[str | None] = edit.answers or [edit.true] * len(edit.neighbours)
+    return [
+        ((edit.prompt,), [edit.true]),
+        (edit.paraphrases, [edit.true] * len(edit.paraphrases)),
+        (edit.neighbours, own),
+    ]
+
+
 class EditMeter:
     """Measures edits on an engine, against what the base said to their neighbours."""
 
@@ -135,20 +146,21 @@ class EditMeter:
         """Of each edit: its prompt, its paraphrases, its neighbours."""
         items: list[ScoreItem] = []
         for edit in cases:
-            for text in (edit.prompt, *edit.paraphrases, *edit.neighbours):
-                prompt = self._prompt(edit.form, text)
-                for answer in (edit.new,) if edit.true is None else (edit.new, edit.true):
-                    items.append(ScoreItem(prompt, self._answer(edit.form, answer)))
+            for texts, olds in _compared(edit):
+                for text, old in zip(texts, olds, strict=True):
+                    prompt = self._prompt(edit.form, text)
+                    for answer in (edit.new,) if old is None else (edit.new, old):
+                        items.append(ScoreItem(prompt, self._answer(edit.form, prompt, answer)))
         scores = iter(self.engine.score(items))
         found = []
         for edit in cases:
             groups = []
-            for texts, neighbour in (((edit.prompt,), False), (edit.paraphrases, False), (edit.neighbours, True)):
+            for number, (_, olds) in enumerate(_compared(edit)):
                 group = []
-                for _ in texts:
+                for old in olds:
                     new = next(scores)
-                    true = next(scores) if edit.true is not None else None
-                    said = true.greedy if neighbour and true is not None else new.greedy
+                    true = next(scores) if old is not None else None
+                    said = true.greedy if number == _NEIGHBOURS and true is not None else new.greedy
                     group.append(Likelihood(new.mean_nll, None if true is None else true.mean_nll, said))
                 groups.append(group)
             found.append(tuple(groups))
@@ -171,7 +183,8 @@ class EditMeter:
             return tuple(self.engine.encode([Message("user", text)]))
         return tuple(self.engine.format.encode_text(text, special=True))
 
-    def _answer(self, form: Form, answer: str) -> tuple[int, ...]:
+    def _answer(self, form: Form, prompt: Sequence[int], answer: str) -> tuple[int, ...]:
         """As the model would write it: behind a completion's prompt after a space."""
-        text = answer if form == "question" else " " + answer.strip()
-        return tuple(self.engine.format.encode_text(text))
+        if form == "question":
+            return tuple(self.engine.format.encode_continuation(prompt, answer))
+        return tuple(self.engine.format.encode_text(" " + answer.strip()))

@@ -41,8 +41,9 @@ class Edit:
     new: str  # what the model is to say
     true: str | None  # what is to be said no longer, where the set tells
     paraphrases: tuple[str, ...] = ()
-    neighbours: tuple[str, ...] = ()  # prompts that `true` stays the answer to, or whose answers are to stay
+    neighbours: tuple[str, ...] = ()  # prompts whose answers are to stay
     asked: str | None = None  # a chat question for the same fact, for measuring only
+    answers: tuple[str, ...] = ()  # of the neighbours, one each, where the set tells and it is not `true`
 
 
 def edits(data: str, folder: Path | None = None, *, limit: int | None = None) -> list[Edit]:
@@ -125,6 +126,7 @@ def _zsre(row: Mapping[str, Any], number: int) -> Edit:
         true=row["answers"][0] if row.get("answers") else row.get("pred"),
         paraphrases=(row["rephrase"],),
         neighbours=(row["loc"].removeprefix("nq question: "),),
+        answers=(row["loc_ans"],),
     )
 
 

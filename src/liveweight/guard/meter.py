@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -263,15 +265,13 @@ class Guard:
 
     def _base_logprobs(self, hidden: Tensor) -> Tensor:
         """(T, vocabulary) log-probabilities under the base's own unembedding, whatever is active."""
-        sites = self.engine.sites
-        touched = self.engine.weights.touched(self.engine.weights.state)
-        if sites.canonical("lm_head.weight") not in touched:
-            return self.engine.unembed(hidden).float().log_softmax(-1)
-        table = self.engine.weights.base("lm_head.weight").to(hidden.device)
-        return (hidden.float() @ table.T).log_softmax(-1)
+        engine = self.engine
+        own = {engine.sites.canonical("lm_head.weight"), "lm_head.bias"}
+        unembed = engine.base_unembed if own & set(engine.weights.touched(engine.weights.state)) else engine.unembed
+        return unembed(hidden).float().log_softmax(-1)
 
     def _broken(self, now: State, after: State, protected: Sequence[ProtectedItem]) -> list[ChangedAnswer]:
-        """Protected answers that hold now and would not hold after the change."""
+        """Protected answers that are said otherwise after the change, and not as they are to be said."""
         if not protected:
             return []
         rows = [Row(item.label, (*item.prompt, *item.answer), len(item.prompt)) for item in protected]
@@ -280,7 +280,7 @@ class Guard:
         return [
             self._changed(row, old, new)
             for row, old, new in zip(rows, *seen, strict=True)
-            if self._answer(old, row) != self._answer(new, row)
+            if self._answer(old, row) != self._answer(new, row) and new.argmax != row.tokens[row.start :]
         ]
 
     def _forced(self, state: State, rows: Sequence[Row], layer: int) -> list[_Seen]:
@@ -314,7 +314,7 @@ class Guard:
         if key not in self._seen:
             found: dict[str, _Seen] = {}
             path = self._reference.folder / "states" / f"{key[:32]}.safetensors"
-            if path.is_file():
+            with suppress(FileNotFoundError, SafetensorError):  # what cannot be read is looked at anew
                 stored = load_file(path)
                 for probe in self.probes:
                     if f"{probe.id}.figures" in stored:
@@ -332,8 +332,9 @@ class Guard:
         folder.mkdir(parents=True, exist_ok=True)
         save(stored, folder / f"{key[:32]}.safetensors")
         # Only the latest few states are ever asked for again.
-        for old in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)[:-16]:
-            old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process tidies up, too
+            for old in sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)[:-16]:
+                old.unlink()
 
 
 def _moved(before: Tensor, after: Tensor) -> bool:

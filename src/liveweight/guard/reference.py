@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,7 +210,12 @@ def batches(chosen: list[int], rows: Sequence[Row]) -> Iterator[list[int]]:
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Written beside and then moved, so that a file is whole or not there."""
-    partial = path.with_suffix(f".{torch.initial_seed() % 10_000}.partial")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-    partial.replace(path)
+    """Written beside and then moved, so that a file is whole or not there, whoever else writes it."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from liveweight.adjustments import Adjustment, Codebook
 from liveweight.engines.transformers import TransformersEngine
-from liveweight.errors import NoMendFound
+from liveweight.errors import NoMendFound, Unsupported
 from liveweight.methods.base import Case
 from liveweight.methods.trials import Predictions, closed, named, no_mend, outcome, stalled, works
 from liveweight.settings import MethodSettings
@@ -30,11 +30,7 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 
     Raises NoMendFound where the answer does not become likely enough, UnknownSite for a layer that is not there.
     """
-    layers = engine.sites.layers
-    if settings.layer is not None:
-        engine.sites.check_layer(settings.layer)
-    # Something has to be left to run behind the layer.
-    layer = min(settings.layer if settings.layer is not None else round(DEPTH * layers), layers - 2)
+    layer = _layer(engine, settings)
     before = outcome(engine, case)
     targets = [closed(engine, context) for context in case.contexts]
     rows = [(*context.prompt, *target[:-1]) for context, target in zip(case.contexts, targets, strict=True)]
@@ -83,6 +79,21 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
     if not works(case, outcome(engine, case, found), before):
         raise no_mend("grace", case, [f"layer {layer}, {step} steps, probability {reached:.2f}"])
     return found
+
+
+def _layer(engine: TransformersEngine, settings: MethodSettings) -> int:
+    """The layer whose stream is looked up: something has to be left to run behind it."""
+    layers = engine.sites.layers
+    if settings.layer is None and layers > 1:
+        return min(round(DEPTH * layers), layers - 2)
+    if settings.layer is not None:
+        engine.sites.check_layer(settings.layer)
+    if settings.layer in (None, layers - 1):
+        raise Unsupported(
+            "grace needs a layer behind the one that it edits, and there is none.",
+            hint=f"Choose a layer below {layers - 1}." if layers > 1 else "Choose another method.",
+        )
+    return settings.layer
 
 
 def _left_alone(engine: TransformersEngine, case: Case, layer: int) -> Tensor:

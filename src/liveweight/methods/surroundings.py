@@ -26,7 +26,7 @@ from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.wording import everyday_questions, same_questions
 from liveweight.tracing.plain_text import plain_text
 
-_FORMAT = "3"  # of what is kept; another number makes it anew
+_FORMAT = "4"  # of what is kept; another number makes it anew
 _REPLY = 14  # tokens of each everyday reply
 _BATCH = 40
 _PLAIN_TOKENS = 8192
@@ -54,7 +54,8 @@ def surroundings(
     questions = everyday_questions()
     plain = plain_text()
     reworded = same_questions()
-    template = str(engine.format.tokenizer.chat_template)  # the same weights may come with another one
+    # The same weights may come with another template, or be asked behind another system prompt.
+    template = f"{engine.format.tokenizer.chat_template}\n{engine.format.system}"
     told = "\n".join((_FORMAT, template, *questions, *(text for same in reworded for text in same))) + plain
     text_hash = hashlib.sha256(told.encode()).hexdigest()[:12]
     paths = {layer: folder / f"{engine.info.hash[:24]}-{text_hash}-{layer}.safetensors" for layer in layers}

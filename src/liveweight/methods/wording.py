@@ -286,9 +286,7 @@ def goes_on(text: str, more: str) -> bool:
 
 
 def has_words(text: str, words: str) -> bool:
-    """Whether some words stand in a text, none of them as a part of a longer one; a single letter may."""
-    if len(words) == 1 and words.isalpha():
-        return words in text
+    """Whether some words stand in a text, none of them as a part of a longer one."""
     found = re.finditer(re.escape(words), text) if words else ()
     return any(not goes_on(text[: each.start()], words) and not goes_on(words, text[each.end() :]) for each in found)
 

@@ -248,8 +248,7 @@ def _windows(engine: TransformersEngine, text: str, chat: bool, tokens: int) -> 
             break
         plain += engine.format.encode_text(paragraph)
     # What the tokenizer puts before a text, it puts before each window.
-    begin = engine.format.encode_text("a", special=True)
-    begin = begin[: len(begin) - len(engine.format.encode_text("a"))]
+    begin = engine.format.before_text
     step = max(1, length - len(begin))
     return [[*begin, *plain[start : min(start + step, tokens)]] for start in range(0, min(len(plain), tokens), step)]
 

@@ -162,7 +162,7 @@ def _pieces(engine: TransformersEngine, text: str, tokens: int) -> list[list[int
     """The text's first tokens in pieces, each behind the tokens that a text of its own begins with."""
     if tokens < 2:
         raise InvalidInput(f"{tokens} tokens of text are too few to read.", hint="Give two or more.")
-    head = engine.format.encode_text("", special=True)
+    head = list(engine.format.before_text)
     ids: list[int] = []
     for line in text.splitlines(keepends=True):  # tokenizers warn of a text longer than the model's context
         if len(ids) >= tokens:

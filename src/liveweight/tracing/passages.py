@@ -45,7 +45,7 @@ def passages(engine: TransformersEngine, text: str, most: int) -> list[Passage]:
     """
     if most < 1:
         raise InvalidInput(f"{most} tokens are none to read.", hint="Give 1 or more.")
-    beginning = tuple(engine.format.encode_text("", special=True))
+    beginning = engine.format.before_text
     start = max(len(beginning), 1)
     room = min(LENGTH, engine.info.context or LENGTH) - len(beginning)
     pieces = [piece for at in range(0, len(text), _PIECE) if (piece := text[at : at + _PIECE]).strip()]

@@ -58,10 +58,12 @@ def windows_of(
 ) -> list[ScoreItem]:
     """The first `tokens` tokens of a text (None: the text that ships) in windows; each is scored from its third on.
 
-    A window has `length` tokens, or the model's context where that is less. Raises InvalidInput for a text of fewer
+    A window has `length` tokens, or the model's context where that is less, and begins with what the tokenizer puts
+    before a text. Raises InvalidInput for a text of fewer
     than three tokens.
     """
-    length = window_length(engine, length)
+    begin = engine.format.before_text
+    length = max(3, window_length(engine, length) - len(begin))
     given = plain_text() if text is None else text
     ids: list[int] = []
     # Piecewise, since tokenizers warn of a text longer than the model's context.
@@ -70,7 +72,7 @@ def windows_of(
             break
         ids += engine.format.encode_text(paragraph + "\n")
     pieces = [ids[start : min(start + length, tokens)] for start in range(0, min(len(ids), tokens), length)]
-    found = [ScoreItem(tuple(piece[:2]), tuple(piece[2:])) for piece in pieces if len(piece) > 2]
+    found = [ScoreItem((*begin, *piece[:2]), tuple(piece[2:])) for piece in pieces if len(piece) > 2]
     if not found:
         raise InvalidInput(f"The text has {len(ids)} tokens, too few to measure on.", hint="Give a longer text.")
     return found

@@ -250,7 +250,7 @@ class _Runs:
 
     def _cut(self, layer: int, cut: Cut, values: Tensor) -> Tensor:
         stays = cut(values)
-        self.zero[layer] = (int((~stays).sum()), stays.numel())
+        self.zero[layer] = (int((~stays | (values == 0)).sum()), stays.numel())
         return torch.where(stays, values, 0.0)
 
     @property
@@ -305,10 +305,17 @@ def _alone(runs: _Runs, layer: int, limit: float, tick: Callable[[], None]) -> L
     return best
 
 
+def _typical(quantiles: Tensor) -> float:
+    """The median |a| of a layer from its quantiles; of those that are not 0, where half are (as behind a ReLU)."""
+    there = quantiles[quantiles > 0]
+    middle = float(quantiles[_GRID // 2])
+    return middle if middle > 0 or not len(there) else float(there[len(there) // 2])
+
+
 def _by_rule(runs: _Runs, rule: Rule, limit: float, tick: Callable[[], None]) -> RuleSparsity:
     """Bisect a rule's value for all layers at once, by the share that it would zero in the median layer."""
     layers = range(len(runs.quantiles))
-    medians = [float(each[_GRID // 2]) for each in runs.quantiles]
+    medians = [_typical(each) for each in runs.quantiles]
     neurons = min(map(runs.engine.sites.neurons_of, layers))
     # What each share is as a τ or a t: in the middle of the layers, whose own shares then differ.
     quantiles = torch.stack([each[:_GRID].cpu() for each in runs.quantiles])  # (layers, 128)

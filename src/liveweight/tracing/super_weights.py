@@ -31,7 +31,7 @@ from liveweight.tracing.capture import Neuron
 from liveweight.tracing.label_cache import cannot_keep
 from liveweight.tracing.plain_text import loss, packaged, window_length, windows_of
 
-FORMAT = 1  # of the file on disk; raised when a measure would come out otherwise than before
+FORMAT = 2  # of the file on disk; raised when a measure would come out otherwise than before
 PROMPT = "The river was calm, and the boats lay still."
 INPUT_SPIKE = 1000.0  # times the median |value| of the layer's down input
 OUTPUT_SPIKE = 300.0  # times the median |value| of its output

@@ -103,7 +103,7 @@ def leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     small = min(matrix.shape)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every GPU, too
         left, values, right = torch.svd_lowrank(matrix, q=min(rank + _BEYOND, small), niter=_PASSES)
     kept = min(rank, small)
     return left[:, :kept], values[:kept], right[:, :kept]

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.sites import Norm, Region
@@ -28,6 +29,7 @@ TOP = 8  # tokens of a distribution
 _LOGITS = 64 * 1024 * 1024  # the most in memory at once, in numbers
 _BLOCK = 4096  # tokens whose logits are made at once
 _GROUP = 64  # tokens of which the largest logit is kept; divides _BLOCK
+_ROWS, _COLUMNS = 17, 8  # what a GPU multiplies in 8 bits: so many rows at least, a multiple of so many columns
 _AGAIN = 2  # times TOP: the tokens that are looked at again behind a coarse product
 
 
@@ -87,16 +89,19 @@ class Coarse(Exact):
             _rounded(self._rows(torch.arange(start, min(start + _BLOCK, engine.sites.vocabulary))))
             for start in range(0, engine.sites.vocabulary, _BLOCK)
         ]
-        self._whole = torch.cat([whole for whole, _ in parts])  # (vocabulary, width) int8
+        # (vocabulary, and what makes it a multiple of _COLUMNS, width) int8
+        self._whole = pad(torch.cat([whole for whole, _ in parts]), (0, 0, 0, -engine.sites.vocabulary % _COLUMNS))
         self._scales = torch.cat([scales for _, scales in parts])  # (vocabulary,)
 
     def product(self, vectors: Tensor) -> Callable[[int, int, Tensor], None]:
         """As `Exact.product`, rounded."""
         whole, scales = _rounded(vectors)
+        whole = pad(whole, (0, 0, 0, max(0, _ROWS - len(whole))))
 
         def write(start: int, stop: int, out: Tensor) -> None:
-            found = torch._int_mm(whole, self._whole[start:stop].T)  # (n, stop - start) int32
-            torch.mul(found, self._scales[start:stop], out=out).mul_(scales[:, None])
+            ahead = stop + (start - stop) % _COLUMNS
+            found = torch._int_mm(whole, self._whole[start:ahead].T)  # (n or _ROWS, ahead - start) int32
+            torch.mul(found[: len(scales), : stop - start], self._scales[start:stop], out=out).mul_(scales[:, None])
 
         return write
 
