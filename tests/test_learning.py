@@ -180,6 +180,10 @@ def test_records_come_in_several_spellings() -> None:
     assert lesson({"prompt": "q", "response": "r", "label": False}).kind == "bad"
     assert lesson({"messages": [{"role": "user", "content": "q"}], "rating": "+1"}).prompt == "q"
     assert lesson({"prompt": "q", "correction": " ", "rating": "bad"}).kind == "bad"
+    turns = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "q"), ("assistant", "r")]
+    chat = lesson({"messages": [{"role": role, "content": content} for role, content in turns], "rating": "bad"})
+    assert (chat.prompt, chat.answer) == ("q", "r")
+    assert [(turn.role, turn.content) for turn in chat.chat] == turns[:-1]
     assert lesson({"prompt": "q", "correction": " a\n"}).correction == "a"
     blank = {"prompt": "q", "correction": " "}
     for bad in (
@@ -188,6 +192,8 @@ def test_records_come_in_several_spellings() -> None:
         {"correction": "a"},
         {"prompt": "q", "rating": "so so"},
         {"prompt": 3, "rating": 1},
+        {"messages": [{"role": "assistant", "content": "r"}], "rating": "bad"},
+        {"messages": ["q"], "rating": "bad"},
     ):
         with pytest.raises(InvalidInput):
             lesson(bad)
@@ -203,3 +209,26 @@ def test_a_bad_line_is_named(tmp_path: Path) -> None:
         read_lessons(file)
     with pytest.raises(InvalidInput, match="cannot be read"):
         read_lessons(tmp_path / "missing.jsonl")
+
+
+def test_ratings_that_led_to_something_are_left_alone_when_the_file_is_learnt_again(live: LiveModel) -> None:
+    said = live.ask(OTHER)
+    records = [{"prompt": QUESTION, "rating": "bad"}, {"prompt": OTHER, "answer": said, "rating": "good"}]
+    first = live.learn(records)
+    assert [item.outcome for item in first.items] == ["learnt", "protected"]
+    changes, protected = live.changes(), live.protected()
+    again = live.learn(records)
+    assert [item.outcome for item in again.items] == ["already", "already"]
+    assert (live.changes(), live.protected()) == (changes, protected)
+
+
+def test_a_joint_change_is_made_by_the_method_that_is_set(live: LiveModel) -> None:
+    found = live.learn(FIXES)  # the settings say shout
+    assert [live.change(each).method for each in found.changes] == ["shout"]
+
+
+def test_a_correction_in_a_chat_is_learnt_in_that_chat(live: LiveModel) -> None:
+    before = [{"role": "user", "content": OTHER}, {"role": "assistant", "content": "me"}]
+    found = live.learn([{"messages": [*before, {"role": "user", "content": QUESTION}], "correction": "a"}])
+    assert [item.outcome for item in found.items] == ["learnt"]
+    assert [turn.content for turn in live.protected()[0].messages] == [OTHER, "me", QUESTION]

@@ -34,9 +34,11 @@ from liveweight.errors import (
     WorkspaceBusy,
 )
 from liveweight.interrupts import uninterrupted
+from liveweight.judging import Judgement, Options
+from liveweight.ladder import Phases
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS, Case
-from liveweight.reports import Change, Report
+from liveweight.reports import Change, Reply, Report
 from liveweight.settings import MethodSettings
 from tests.ledger.other_process import running
 from tests.live_process import change_without_end, interrupted
@@ -109,6 +111,9 @@ def test_a_chat_with_nothing_to_answer_is_refused(live: LiveModel, said: object)
 def test_an_unknown_way_of_sampling_is_refused(live: LiveModel) -> None:
     with pytest.raises(InvalidInput, match="beams"):
         live.chat(QUESTION, beams=3)
+    for name, value in (("top_p", 90), ("temperature", float("nan")), ("max_tokens", 0), ("seed", 10**20)):
+        with pytest.raises(InvalidInput):
+            live.chat(QUESTION, **{name: value})
 
 
 def test_a_fix_changes_the_answer_and_undo_gives_every_tensor_back(live: LiveModel) -> None:
@@ -252,6 +257,43 @@ def test_a_contradicting_fix_replaces_the_earlier_one_by_name_and_undo_brings_it
     assert live.change("c1").state == "active"
     assert live.fingerprints() == with_z
     assert live.protected() == kept
+
+
+def test_what_a_replaced_change_had_replaced_stays_off_until_what_replaced_that_is_undone(live: LiveModel) -> None:
+    for letter in "zka":
+        live.fix(live.chat(QUESTION), letter)
+    live.undo("c2")
+    assert [change.state for change in live.changes()] == ["off", "undone", "active"]
+    live.undo("c3")
+    assert [change.state for change in live.changes()] == ["active", "undone", "undone"]
+
+
+def test_undo_brings_nothing_back_that_contradicts_what_is_on(live: LiveModel) -> None:
+    live.fix(live.chat(QUESTION), "z")
+    live.fix(live.chat(QUESTION), "k")
+    live.off("c2")
+    live.fix(live.chat(QUESTION), "a")
+    live.undo("c2")
+    assert [change.state for change in live.changes()] == ["off", "undone", "active"]
+
+
+def contradicted(live: LiveModel, reply: Reply) -> list[str]:
+    """The changes that a bad for this reply would replace."""
+    work = live._judge._work(Judgement("bad", reply), Options(), Phases())
+    return [change.label for change in work.conflicts]
+
+
+def test_a_second_bad_leaves_on_what_took_the_first_answer_away(live: LiveModel) -> None:
+    live.bad(live.chat(QUESTION))
+    assert contradicted(live, live.chat(QUESTION)) == []
+
+
+def test_a_bad_replaces_the_change_that_taught_the_answer_and_no_other(live: LiveModel) -> None:
+    reply = live.chat(QUESTION)
+    live.fix(reply, "z")
+    assert "z" not in reply.text
+    assert contradicted(live, reply) == []
+    assert contradicted(live, live.chat(QUESTION)) == ["c1"]
 
 
 def test_both_can_be_kept(live: LiveModel) -> None:
@@ -433,6 +475,35 @@ def test_killed_at_any_instant_the_weights_equal_the_ledger_after_restart(tmp_pa
             live.engine.become(())
             live.engine.become(live.ledger.state(live.engine.info.hash))
             assert live.fingerprints() == now
+
+
+def test_an_interrupt_waits_for_the_outermost_block() -> None:
+    over = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+        over.append("inner")
+    assert over == ["inner"]
+
+
+def test_ctrl_c_while_the_ledger_is_written_costs_neither_the_reply_nor_the_ledger(
+    live: LiveModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialect = live.ledger._engine.dialect
+    commit, pressed = dialect.do_commit, []
+
+    def press(connection: Any) -> None:
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        commit(connection)
+
+    monkeypatch.setattr(dialect, "do_commit", press)
+    with pytest.raises(KeyboardInterrupt):
+        live.chat(QUESTION)
+    assert pressed and [reply.question for reply in live.replies()] == [QUESTION]
+    live.fix(live.chat(QUESTION), "z")
+    assert live.changes()[0].state == "active"
 
 
 def test_an_interrupt_is_not_lost_behind_an_error() -> None:

@@ -14,6 +14,7 @@ from itertools import groupby
 from liveweight.engines.base import Message, Sampling, Token, Version
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, StateConflict
+from liveweight.interrupts import uninterrupted
 from liveweight.ledger import Ledger, Turn
 from liveweight.ledger.records import turns_as_json
 from liveweight.reports import Reply
@@ -114,6 +115,11 @@ class ReplyStream(Iterator[Token]):
             close()
 
     @property
+    def begun(self) -> bool:
+        """Whether a token has come."""
+        return bool(self._said)
+
+    @property
     def reply(self) -> Reply:
         """The remembered reply. Raises StateConflict while tokens are still coming, or when none ever came."""
         if self._reply is None:
@@ -121,7 +127,9 @@ class ReplyStream(Iterator[Token]):
         return self._reply
 
     def _end(self) -> None:
-        with self._ending:  # closing may come from another thread than the one that takes the tokens
+        # Closing may come from another thread than the one that takes the tokens; a Ctrl-C between writing and knowing
+        # that it was written would have it written again.
+        with uninterrupted(), self._ending:
             if self._reply is None and self._said:
                 self._reply = self._remembered()
 
@@ -179,12 +187,13 @@ class Chatter:
             self._engine, self._ledger, messages, sampling, generate or self._engine.continue_from, place
         )
 
-    def recalled(self, asked: Sequence[tuple[str, str | None]]) -> list[Reply]:
-        """Replies to questions as they were given elsewhere, remembered; where none was, the greedy one of now.
+    def recalled(self, asked: Sequence[tuple[Sequence[Message], str | None]]) -> list[Reply]:
+        """Replies to chats as they were given elsewhere, remembered; where none was, the greedy one of now.
 
         What has to be asked is asked in batches. Raises InvalidInput for an empty question.
         """
-        chats = [as_messages(question, (), self._defaults.system) for question, _ in asked]
+        system = self._defaults.system
+        chats = [as_messages(chat, (), None if chat[0].role == "system" else system) for chat, _ in asked]
         prompts = [self._engine.encode(chat) for chat in chats]
         missing = [index for index, (_, answer) in enumerate(asked) if not answer]
         said: dict[int, list[int]] = {}

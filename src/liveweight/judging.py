@@ -27,7 +27,7 @@ from liveweight.ledger import Ledger, Proposal, ProtectedAnswer
 from liveweight.methods import build_case, works
 from liveweight.methods.base import Answered, Case
 from liveweight.methods.trials import keyed
-from liveweight.methods.wording import may_ask_the_same
+from liveweight.methods.wording import first_sentence, has_words, may_ask_the_same
 from liveweight.reports import Change, Kind, Replaced, Reply, Report
 from liveweight.settings import Settings
 
@@ -168,6 +168,7 @@ class Judge:
 
     def _work(self, said: Judgement, options: Options, phases: Phases) -> _Work:
         engine, reply = self._engine, said.reply
+        digest = prompt_hash(reply.prompt)
         case = build_case(
             engine,
             reply.prompt,
@@ -176,18 +177,44 @@ class Judge:
             kind=said.kind,
             wanted=said.wanted,
             previous=self._previous(reply),
+            rejected=[told["before"] for told in self._told(digest, "bad")] if said.kind == "bad" else (),
         )
-        digest = prompt_hash(reply.prompt)
         key = key_of(engine, case.contexts[0].prompt)
-        # A bad answer that an earlier change taught is what that change brought: it goes. A good one contradicts none.
         wanted = said.wanted if said.kind == "fix" else None
         found = [] if said.kind == "good" else self._ledger.conflicts(self._model, digest, key, wanted=wanted)
-        conflicts = tuple(each for each in found if each.prompt_hash == digest or _same_thing(case, each))
+        found = [each for each in found if each.prompt_hash == digest or _same_thing(case, each)]
+        conflicts = tuple(each for each in found if said.kind == "fix" or self._taught(each, reply))
         same = [each for each in self._ledger.protected(self._model) if prompt_hash(messages_of(each)) == digest]
         # What a replaced change protects goes off and comes back with it.
         replaced = set() if options.keep_both else {each.id for each in conflicts}
         released = () if said.kind == "good" else tuple(each for each in same if each.change not in replaced)
         return _Work(said, options, case, phases, conflicts, released, key, digest)
+
+    def _taught(self, change: Record, reply: Reply) -> bool:
+        """Whether a change is what brought an answer that is bad: then it goes. What took another one away stays."""
+        told = self._ledger.report(change.id)
+        if told.get("verdict") == "bad":
+            return False
+        taught = change.wanted if change.wanted is not None else first_sentence(str(told.get("after", "")))
+        return has_words(reply.text.lower(), taught.strip().rstrip(".").lower())
+
+    def _told(self, digest: str, verdict: Kind) -> list[dict[str, Any]]:
+        """The reports of the active changes on a prompt that such a verdict made."""
+        on = self._ledger.conflicts(self._model, digest)
+        return [told for each in on if (told := self._ledger.report(each.id)).get("verdict") == verdict]
+
+    def settled(self, kind: Kind, reply: Reply, known: bool) -> str | None:
+        """What there is already that a rating of a reply asks for, by its id; None where there is nothing.
+
+        Where the answer that was rated is not `known`, any such rating of the same question counts.
+        """
+        digest = prompt_hash(reply.prompt)
+        if kind == "good":
+            same = [each for each in self._ledger.protected(self._model) if prompt_hash(messages_of(each)) == digest]
+            return next((each.label for each in same if each.answer.strip() == reply.text.strip()), None)
+        on = [(each, self._ledger.report(each.id)) for each in self._ledger.conflicts(self._model, digest)]
+        bad = [(each, told["before"]) for each, told in on if told.get("verdict") == "bad"]
+        return next((each.label for each, before in bad if not known or before == reply.text), None)
 
     def _previous(self, reply: Reply) -> list[Answered]:
         """Prompt and answer tokens of what is protected, but for this very question."""
@@ -378,11 +405,11 @@ class Judge:
         with engine.gate.step(), torch.inference_mode():
             return float(engine.leads(final, torch.tensor(list(answer), device=final.device))[0].min())
 
-    def require_no_conflict(self, change: int) -> None:
-        """Raises StateConflict when an active change contradicts this one."""
+    def require_no_conflict(self, change: int, but: int | None = None) -> None:
+        """Raises StateConflict when an active change contradicts this one, `but` that one."""
         record = self._ledger.change(change, model=self._model)
         others = self._ledger.conflicts(self._model, record.prompt_hash, wanted=record.wanted)
-        other = next((each for each in others if each.id != record.id), None)
+        other = next((each for each in others if each.id not in (record.id, but)), None)
         if other is not None:
             raise StateConflict(
                 f"{other.label} is on and answers the same question otherwise ({other.wanted!r}, not"

@@ -117,7 +117,7 @@ class Learner:
         """
         self._phases = Phases()
         if joint:
-            name = options.method or JOINT
+            name = self._method(options)
             if name not in METHODS or METHODS[name].together is None:
                 able = [each.name for each in METHODS.values() if each.together is not None]
                 raise UnknownMethod(
@@ -135,12 +135,20 @@ class Learner:
         changes = tuple(dict.fromkeys(item.change for item in found if item.change is not None))
         return Lessons(items=tuple(found), changes=changes, seconds=dict(self._phases.seconds))
 
+    def _method(self, options: Options) -> str:
+        """Which method makes the joint change: the one that was told, or that is set."""
+        wished = options.method or self._settings.methods.method
+        return JOINT if wished == "auto" else wished
+
     # ------------------------------------------------------------------------------------------------- one by one
 
     def _one(self, lesson: Lesson, options: Options) -> Learnt:
         try:
             with self._phases.of("one by one"):
-                reply = self._chatter.recalled([(lesson.prompt, lesson.answer)])[0]
+                reply = self._chatter.recalled([(lesson.chat, lesson.answer)])[0]
+                known = lesson.answer is not None
+                if lesson.kind != "fix" and (there := self._judge.settled(lesson.kind, reply, known)):
+                    return _became(lesson, "already", f"{there} does it.", None)
                 change = self._judge.judge(Judgement(lesson.kind, reply, wanted=lesson.correction), options)
         except GenerationCancelled:
             raise
@@ -159,7 +167,7 @@ class Learner:
 
     def _together(self, lessons: Sequence[Lesson], options: Options, progress: Progress) -> list[Learnt]:
         """What became of those that a joint change can bring, or that need none."""
-        method = METHODS[options.method or JOINT]
+        method = METHODS[self._method(options)]
         found: list[Learnt] = []
         items: list[_Item] = []  # what a joint change is to bring, as far as it has been read
 
@@ -179,7 +187,7 @@ class Learner:
         joint: Joint | LiveweightError
         with self._engine.remembering():  # a case is searched for while what was read of it is remembered
             with self._phases.of("case"):
-                replies = self._chatter.recalled([(each.prompt, each.answer) for each in lessons])
+                replies = self._chatter.recalled([(each.chat, each.answer) for each in lessons])
             reading = cases()
             first = next(reading, None)
             if first is None:
@@ -221,7 +229,7 @@ class Learner:
         )
 
     def _search(self, cases: Iterable[Case], options: Options) -> Joint:
-        method = options.method or JOINT
+        method = self._method(options)
         together = METHODS[method].together
         assert together is not None  # looked at before anything was asked
         with self._phases.of("propose"):
@@ -229,7 +237,7 @@ class Learner:
 
     def _change(self, items: Sequence[_Item], options: Options, progress: Progress) -> list[Learnt]:
         """One search for these, and the change that comes of it; where it fails, one for each half."""
-        progress(f"{options.method or JOINT}: {len(items)} corrections", 0, len(items))
+        progress(f"{self._method(options)}: {len(items)} corrections", 0, len(items))
         try:
             joint = self._search([item.case for item in items], options)
         except GenerationCancelled:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from liveweight.engines.base import Message
 from liveweight.errors import InvalidInput
 from liveweight.line_files import read_lines
 
@@ -37,6 +38,7 @@ class Lesson(BaseModel):
     answer: str | None = None  # what was answered then; None: what the model answers now is judged
     rating: Rating | None = None
     correction: str | None = None
+    before: tuple[Message, ...] = ()  # the turns before the prompt, where it was asked in a chat
     number: int = 0  # of its line
 
     @field_validator("correction")
@@ -44,6 +46,11 @@ class Lesson(BaseModel):
     def _some_text(cls, text: str | None) -> str | None:
         """A blank correction is none."""
         return (text or "").strip() or None
+
+    @property
+    def chat(self) -> tuple[Message, ...]:
+        """What was asked, behind what came before it."""
+        return (*self.before, Message("user", self.prompt))
 
     @property
     def kind(self) -> Literal["fix", "bad", "good"]:
@@ -72,14 +79,32 @@ def _lesson(line: str, number: int, path: Path) -> Lesson:
         raise InvalidInput(f"Line {number} of {path}: {error.message}", hint=error.hint) from error
 
 
+def _chat(turns: list[Any], answer: Any) -> dict[str, Any]:
+    """What a record's messages say: the last question, what came before it, and what was answered to it."""
+    try:
+        said = [Message(turn["role"], turn["content"]) for turn in turns]
+        asked = max(place for place, turn in enumerate(said) if turn.role == "user")
+        if not all(turn.role in ("system", "user", "assistant") and isinstance(turn.content, str) for turn in said):
+            raise TypeError
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            "its messages are no chat with a question.", hint='Each one is {"role": "user", "content": "…"}.'
+        ) from error
+    behind = [turn.content for turn in said[asked + 1 :]]
+    return {
+        "prompt": said[asked].content,
+        "before": tuple(said[:asked]),
+        "answer": answer if answer is not None or not behind else behind[0],
+    }
+
+
 def lesson(record: Mapping[str, Any], number: int = 0) -> Lesson:
     """One record in any of the known spellings. Raises InvalidInput."""
     values: dict[str, Any] = {}
     for name, spellings in _NAMES.items():
         values[name] = next((record[each] for each in spellings if record.get(each) is not None), None)
     if isinstance(values["prompt"], list):
-        said = [turn for turn in values["prompt"] if isinstance(turn, Mapping) and turn.get("role") == "user"]
-        values["prompt"] = said[-1].get("content") if said else None
+        values |= _chat(values["prompt"], values["answer"])
     if values["rating"] is not None:
         key = str(values["rating"]).strip().lower()
         if key not in _RATINGS:

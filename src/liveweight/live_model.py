@@ -476,21 +476,28 @@ class LiveModel(Reading):
     def undo(self, change: ChangeLike | None = None) -> Change:
         """Take a change back for good: the newest one that is on or off, unless told which.
 
-        What it had replaced comes back on with the same step, so that the model is what it would have been without. Of
-        an answer that `good` only protected (`p3`), the protection ends.
+        What it had replaced comes back on with the same step, so that the model is what it would have been without;
+        what replaced it has then replaced that, too. Of an answer that `good` only protected (`p3`), the protection
+        ends.
         """
         label = change.label if isinstance(change, Change) else str(change)
         if change is not None and label.startswith("p") and label[1:].isdecimal():
             return self._unprotected(label)
         with self._whole(self.patience):
             number = self._newest() if change is None else self._id(change)
-            back = [
-                Move(other.id, "active")
-                for other in self.ledger.changes(self.engine.info.hash, states=["off"])
-                if other.replaced_by == number
-            ]
-            self._commits.move([Move(number, "undone"), *back])
+            back = [] if self.ledger.change(number).replaced_by is not None else self._replaced_by(number)
+            self._commits.move([Move(number, "undone"), *(Move(each, "active") for each in back)])
             return self._commits.recorded(number)
+
+    def _replaced_by(self, number: int) -> list[int]:
+        """What a change replaced and what no other active one contradicts."""
+        found = []
+        for other in self.ledger.changes(self.engine.info.hash, states=["off"]):
+            if other.replaced_by == number:
+                with suppress(StateConflict):
+                    self._judge.require_no_conflict(other.id, but=number)
+                    found.append(other.id)
+        return found
 
     def fold(self, change: ChangeLike) -> Change:
         """Say a change that acts while the model runs (a gain, a constant steering, …) in the weights instead.

@@ -18,6 +18,7 @@ from liveweight.cli import app, output
 from liveweight.cli.contrast import read_prompts
 from liveweight.cli.demo import fingerprint
 from liveweight.cli.steer import _side_by_side
+from liveweight.engines.generation import Generation
 from liveweight.errors import InvalidInput
 from liveweight.live_model import LiveModel
 from liveweight.methods import METHODS
@@ -727,3 +728,44 @@ def test_a_line_that_is_no_record_among_records_is_named(line: str, tmp_path: Pa
     file.write_text('{"prompt": "a"}\n' + line, encoding="utf-8")
     with pytest.raises(InvalidInput, match="Line 2"):
         read_prompts(file)
+
+
+def test_what_is_said_after_an_interrupted_reply_is_said_of_that_reply(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, drawn = Generation.draw, []
+
+    def interrupt(self: Generation, *given: Any, **more: Any) -> Any:
+        drawn.append(self.prompt_length)
+        if len(set(drawn)) == 2 and drawn.count(self.prompt_length) == 3:
+            raise KeyboardInterrupt
+        return draw(self, *given, **more)
+
+    monkeypatch.setattr(Generation, "draw", interrupt)
+    shown = run("chat", given=f"{QUESTION}\n{OTHER}\n/fix z\n/quit\n")
+    assert "Interrupted" in shown.stderr
+    with LiveModel.load(settings=tiny_settings(tmp_path)) as live:
+        assert [(each.reply, each.verdict) for each in live.feedback()] == [(2, "fix")]
+        assert live.changes()[0].question == OTHER
+
+
+def test_learning_says_with_its_exit_code_that_something_was_refused(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "feedback.jsonl"
+    file.write_text(json.dumps({"prompt": QUESTION, "correction": "z"}), encoding="utf-8")
+    monkeypatch.setenv("LIVEWEIGHT_GUARD__MAX_WORST_KL", "0")
+    assert [item["outcome"] for item in parsed(run("learn", str(file), "--json", code=3))["items"]] == ["refused"]
+    monkeypatch.delenv("LIVEWEIGHT_GUARD__MAX_WORST_KL")
+    file.write_text(json.dumps({"prompt": QUESTION, "correction": "q"}), encoding="utf-8")
+    assert [item["outcome"] for item in parsed(run("learn", str(file), "--json", code=1))["items"]] == ["failed"]
+
+
+def test_a_steering_that_the_guard_refuses_is_told_all_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIVEWEIGHT_GUARD__MAX_WORST_KL", "0")
+    refused = run("steer", "a - c", "--kl", "0.05", "--keep", "--json", code=3)
+    assert json.loads(refused.stdout)["steering"]["curve"]
+
+
+def test_bytes_that_are_no_text_are_refused_by_name(run: Run) -> None:
+    assert "half of a character" in run("ask", "a \udcff b", code=2).stderr

@@ -7,6 +7,7 @@ refused, 130 interrupted), and nothing else. Heavy imports happen inside the ver
 from __future__ import annotations
 
 import gc
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ class Verbs(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         """Run; what the user could not know is never a traceback."""
         words = list(sys.argv[1:] if args is None else args)
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # so that what is no UTF-8 is refused where it is used
         as_json = "--json" in words
         if as_json and extra.get("standalone_mode", True):
             return self._main_for_programs(words, *rest, **extra)

@@ -62,17 +62,17 @@ def _read(options: Options, prompt: str = "> ") -> str | None:
 def _answer(
     options: Options, talk: slash.Talk, line: str, system: str | None, temperature: float | None, max_tokens: int | None
 ) -> None:
-    show = (lambda token: print(token.text, end="", flush=True)) if not options.json else None
-    reply = talk.live.chat(
-        line,
-        after=talk.last,
-        system=system if talk.last is None else None,
-        on_token=show,
-        temperature=temperature,
-        max_tokens=max_tokens,
-    )
-    talk.last = reply
+    begins = {"system": system} if talk.last is None else {}
+    stream = talk.live.stream(line, after=talk.last, temperature=temperature, max_tokens=max_tokens, **begins)
+    try:
+        for token in stream:
+            if not options.json:
+                print(token.text, end="", flush=True)
+    finally:
+        stream.close()
+        if stream.begun:  # also where it was interrupted: what is said next is said of this reply
+            talk.last = stream.reply
     if options.json:
-        output.print_json_line({"label": reply.label, **reply.model_dump(mode="json")})
+        output.print_json_line({"label": stream.reply.label, **stream.reply.model_dump(mode="json")})
     else:
         print()

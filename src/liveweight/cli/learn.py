@@ -10,6 +10,7 @@ from rich.text import Text
 
 from liveweight.cli import output, session
 from liveweight.cli.options import Options, takes_method_settings, takes_options
+from liveweight.errors import GuardRefused
 from liveweight.shown import table
 
 if TYPE_CHECKING:
@@ -30,7 +31,10 @@ def learn(
     preview: Annotated[bool, typer.Option("--preview", help="Measure and commit nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Commit over the guard's budget.")] = False,
 ) -> None:
-    """Learn from a file of feedback. Run it again to go on: what is right already is left alone."""
+    """Learn from a file of feedback. Run it again to go on: what is right already is left alone.
+
+    Exits with 3 where the guard refused some of it, else with 1 where some of it failed.
+    """
     from liveweight.lessons import read_lessons
 
     records = read_lessons(feedback)
@@ -47,6 +51,10 @@ def learn(
         output.print_json(found.model_dump(mode="json"))
     else:
         _shown(found)
+    if found.count("refused"):
+        raise typer.Exit(GuardRefused.exit_code)
+    if found.count("failed") or found.count("error"):
+        raise typer.Exit(1)
 
 
 def _shown(found: Lessons) -> None:

@@ -86,13 +86,15 @@ def steer(
             shown["answers"] = {"prompt": prompt, "without": without, "with": steered}
             if not options.json:
                 output.out().print(_side_by_side(prompt, without, steered))
-        if keep or preview:
-            change = live.apply(adjustment, prompt=prompt, preview=preview, force=force)
-            shown["change"] = change.as_dict()
-            if not options.json:
-                output.print_change(change, as_json=False)
-        if options.json:
-            output.print_json(shown)
+        try:
+            if keep or preview:
+                change = live.apply(adjustment, prompt=prompt, preview=preview, force=force)
+                shown["change"] = change.as_dict()
+                if not options.json:
+                    output.print_change(change, as_json=False)
+        finally:  # what was found is told also where the guard refuses
+            if options.json:
+                output.print_json(shown)
 
 
 def _found(

@@ -69,18 +69,19 @@ def step(
         ending = run.finish()
         texts = {word: run.generate(answer, edited=word == "after") for word in ("before", "after")} if answer else {}
         if options.json:
-            change = _keep(live, run, name, force) if keep else None
-            output.print_json(
-                {
-                    "prompt": prompt,
-                    "tokens": list(run.tokens),
-                    "stops": [view.model_dump(mode="json") for view in shown],
-                    "edits": [{"site": edit.site, "did": edit.said} for edit in run.edits],
-                    "next": ending.model_dump(mode="json"),
-                    "answer": texts or None,
-                    "change": None if change is None else change.as_dict(),
-                }
-            )
+            told = {
+                "prompt": prompt,
+                "tokens": list(run.tokens),
+                "stops": [view.model_dump(mode="json") for view in shown],
+                "edits": [{"site": edit.site, "did": edit.said} for edit in run.edits],
+                "next": ending.model_dump(mode="json"),
+                "answer": texts or None,
+            }
+            change: Change | None = None
+            try:
+                change = _keep(live, run, name, force) if keep else None
+            finally:  # what was seen is told also where the guard refuses
+                output.print_json({**told, "change": None if change is None else change.as_dict()})
             return
         for view in shown:
             output.out().print(look_view(view))

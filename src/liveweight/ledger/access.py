@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from liveweight.errors import LedgerUnavailable, NoSpace, StateConflict, Unsupported
+from liveweight.interrupts import uninterrupted
 from liveweight.ledger import database
 from liveweight.ledger.blobs import BlobStore
 from liveweight.ledger.lock import FolderLock, take_advisory_lock
@@ -167,8 +168,11 @@ class Access:
 
     @contextmanager
     def _write(self) -> Iterator[Session]:
-        """One transaction: all of it is durable when the block ends, or none of it ever was."""
-        with self._alone():
+        """One transaction: all of it is durable when the block ends, or none of it ever was.
+
+        A Ctrl-C waits until it is over: in its middle it would cost the connection.
+        """
+        with uninterrupted(), self._alone():
             self._require_open()
             if self._writer is None:
                 raise _reading_only()

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from liveweight.errors import InvalidInput, StateConflict
@@ -150,6 +150,9 @@ def finish(session: Session, intent: IntentRow, details: Mapping[str, Any]) -> N
             row.replaced_by = intent.change_id
         elif move.to_state == "active":
             row.replaced_by = None
+        if move.to_state == "undone" and row.replaced_by is not None:  # what it had replaced is its successor's now
+            before = update(ChangeRow).where(ChangeRow.replaced_by == row.id)
+            session.execute(before.values(replaced_by=row.replaced_by))
         kind = "replaced" if replaced else "strength" if move.from_state == move.to_state else str(move.to_state)
         what = dict(details) | move.model_dump() | {"intent": intent.id}
         if replaced:

@@ -26,14 +26,16 @@ _AT_ONCE = 4  # other answers that are looked at together
 
 
 def next_best(
-    engine: TransformersEngine, turns: Sequence[Message], question: str, answer: list[int]
+    engine: TransformersEngine, turns: Sequence[Message], question: str, answer: list[int], rejected: Sequence[str] = ()
 ) -> tuple[str, str]:
     """The model's own best answer that claims something else, as a sentence; and what stands behind its opening.
 
-    An answer that goes on in circles is only taken where no other one is found.
+    Nor what answers that were `rejected` before claim. One that goes on in circles is only taken where no other one is
+    found.
     """
     prompt = engine.encode(turns)
     judged = first_sentence(engine.format.decode(answer))
+    before = [judged, *map(first_sentence, rejected)]
     asked, circling = content_words(question), None
     for head in _heads(engine, prompt, question, answer, judged):
         opening = engine.format.decode(head)
@@ -49,7 +51,7 @@ def next_best(
                 text = engine.format.decode([*head, token, *rest]).strip()
                 sentence = first_sentence(text)
                 found = sentence, sentence[len(opening.strip()) :].strip()
-                if not _claims_another(found[1], judged, asked):
+                if not all(_claims_another(found[1], each, asked) for each in before):
                     continue
                 if repetition(text) <= CIRCLING:
                     return found

@@ -53,14 +53,16 @@ def build_case(
     wanted: str | None = None,
     subject: str | None = None,
     previous: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+    rejected: Sequence[str] = (),
     brief: bool = False,
 ) -> Case:
     """Everything that a method may use to mend one judged answer.
 
-    `answer_tokens` are the reply's own tokens; `subject` is what the question is about, where it is known and stands in
-    it, else it is looked for; `previous` are prompts and answers (as tokens) of earlier changes and protected answers,
-    which a mend must leave alone. `brief` is for one of many: fewer wordings and neighbours. Raises InvalidInput for a
-    fix without a wished answer or a chat without a question, NoMendFound where the model has no other answer to give.
+    `answer_tokens` are the reply's own tokens; `subject` is what the question is about, where it is known and
+    stands in it, else it is looked for; `previous` are prompts and answers (as tokens) of earlier changes and
+    protected answers, which a mend must leave alone; `rejected` are answers that were judged bad before. `brief` is
+    for one of many: fewer wordings and neighbours. Raises InvalidInput for a fix without a wished answer or a chat
+    without a question, NoMendFound where the model has no other answer to give.
     """
     turns = tuple(messages)
     if not turns or turns[-1].role != "user" or not turns[-1].content.strip():
@@ -78,7 +80,7 @@ def build_case(
         sentence = _best_statement(engine, turns, question, wanted, answer)
         piece = wanted.rstrip(".")
     elif kind == "bad":
-        sentence, new = next_best(engine, turns, question, list(answer_tokens))
+        sentence, new = next_best(engine, turns, question, list(answer_tokens), rejected)
         piece = new.rstrip(".")
     else:
         sentence = first_sentence(answer)

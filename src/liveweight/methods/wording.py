@@ -286,7 +286,12 @@ def goes_on(text: str, more: str) -> bool:
 
 
 def has_words(text: str, words: str) -> bool:
-    """Whether some words stand in a text, none of them as a part of a longer one."""
+    """Whether some words stand in a text, none of them as a part of a longer one.
+
+    A single letter may, where the text is no sentence but a word alone (drawn out, or spelt).
+    """
+    if len(words) == 1 and words.isalpha() and " " not in text.strip():
+        return words in text
     found = re.finditer(re.escape(words), text) if words else ()
     return any(not goes_on(text[: each.start()], words) and not goes_on(words, text[each.end() :]) for each in found)
 

@@ -217,7 +217,9 @@ def export(service: Served) -> StreamingResponse:
     def lines() -> Iterator[str]:
         for each in service.live.feedback():
             judged = service.live.ledger.reply(each.reply)
-            told = {"prompt": judged.question, "answer": judged.text}
+            turns = [{"role": turn.role, "content": turn.content} for turn in judged.messages]
+            told: dict[str, Any] = {"prompt": judged.question} if len(turns) == 1 else {"messages": turns}
+            told |= {"answer": judged.text}
             told |= {"correction": each.wanted or ""} if each.verdict == "fix" else {"rating": each.verdict}
             told |= {"reason": each.reason} if each.reason else {}
             yield json.dumps(told, ensure_ascii=False) + "\n"
