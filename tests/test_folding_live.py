@@ -73,6 +73,19 @@ def test_a_fold_keeps_the_protected_answer_of_its_change(live: LiveModel) -> Non
     assert [each.answer for each in live.protected()] == ["z"]
 
 
+def test_a_fold_overrules_what_its_change_did(live: LiveModel) -> None:
+    live.apply(adjustment(gains()), prompt=QUESTION)
+    model = live.engine.info.hash
+    kept = live.ledger.protect(model, [{"role": "user", "content": QUESTION}], "z", [29])
+    live.ledger.release(kept.label, "c1")
+    live.fold("c1")
+    assert live.protected() == []
+    live.undo("c2")
+    assert live.protected() == []
+    live.undo("c1")
+    assert live.protected() == [kept]
+
+
 def test_what_cannot_be_folded_is_an_error_and_nothing_is_changed(live: LiveModel) -> None:
     live.apply(adjustment(gains(slope=1.5)), prompt=QUESTION)
     live.apply(adjustment(Dense(site="final_norm.weight", delta=torch.ones(24)), name="norm"), prompt=QUESTION)

@@ -296,6 +296,28 @@ def test_a_bad_replaces_the_change_that_taught_the_answer_and_no_other(live: Liv
     assert contradicted(live, live.chat(QUESTION)) == ["c1"]
 
 
+def test_what_a_fix_overrules_is_protected_again_whenever_the_fix_is_not_on(live: LiveModel) -> None:
+    live.good(live.chat(QUESTION))
+    (kept,) = live.protected()
+
+    def in_force() -> bool:
+        return kept.label in [each.label for each in live.protected()]
+
+    change = live.fix(live.chat(QUESTION), "z")
+    assert change.report is not None and change.report.released == (kept.label,)
+    assert not in_force()
+    live.off(change)
+    assert in_force()
+    live.on(change)
+    assert not in_force()
+    second = live.fix(live.chat(QUESTION), "k")  # replaces the first
+    assert live.change(change).state == "off" and not in_force()
+    live.undo(second)
+    assert not in_force()
+    live.undo(change)
+    assert in_force()
+
+
 def test_both_can_be_kept(live: LiveModel) -> None:
     live.fix(live.chat(QUESTION), "z")
     second = live.fix(live.chat(QUESTION), "k", keep_both=True)

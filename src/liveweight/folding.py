@@ -68,8 +68,10 @@ def fold(engine: TransformersEngine, ledger: Ledger, commits: Commits, number: i
     )
 
     def then(change: Record) -> None:
+        for answer in ledger.released_by(number):
+            ledger.release(answer, change.id)
         for each in ledger.protected(engine.info.hash, everything=True):
-            if each.change == number:  # it counts only while its change is active
+            if each.active and each.change == number:  # it counts only while its change is active
                 ledger.protect(
                     engine.info.hash,
                     each.messages,

@@ -184,7 +184,8 @@ class Judge:
         found = [] if said.kind == "good" else self._ledger.conflicts(self._model, digest, key, wanted=wanted)
         found = [each for each in found if each.prompt_hash == digest or _same_thing(case, each)]
         conflicts = tuple(each for each in found if said.kind == "fix" or self._taught(each, reply))
-        same = [each for each in self._ledger.protected(self._model) if prompt_hash(messages_of(each)) == digest]
+        kept = self._ledger.protected(self._model, released=True)  # what is replaced may have overruled some of it
+        same = [each for each in kept if prompt_hash(messages_of(each)) == digest]
         # What a replaced change protects goes off and comes back with it.
         replaced = set() if options.keep_both else {each.id for each in conflicts}
         released = () if said.kind == "good" else tuple(each for each in same if each.change not in replaced)
@@ -330,7 +331,7 @@ class Judge:
             if work.said.kind != "bad":
                 self._protect_answer(work, change, spoken, feedback)
             for each in work.released:
-                self._ledger.unprotect(each.id)
+                self._ledger.release(each.id, change.id)
 
         return self._commits.commit(
             self._proposal(work, best, report.model_dump(mode="json"), feedback),

@@ -25,6 +25,7 @@ from liveweight.ledger.records import (
     KnownModel,
     ProtectedAnswer,
     Record,
+    Release,
     Reply,
     parse_id,
     speaking_id,
@@ -39,6 +40,7 @@ from liveweight.ledger.tables import (
     JobRow,
     ModelRow,
     ProtectedRow,
+    ReleaseRow,
     ReplyRow,
     ReportRow,
 )
@@ -50,6 +52,7 @@ _RECORDS: tuple[tuple[type[Base], type[Record]], ...] = (
     (FeedbackRow, Feedback),
     (ChangeRow, Change),
     (ProtectedRow, ProtectedAnswer),
+    (ReleaseRow, Release),
     (IntentRow, Intent),
     (EventRow, Event),
 )
@@ -191,13 +194,20 @@ def report(session: Session, change: int) -> dict[str, Any]:
     return session.scalar(query) or {}
 
 
-def protected(session: Session, model: str, *, everything: bool) -> list[ProtectedAnswer]:
-    """The protected answers in force: an answer that a change brought is in force only while the change is active."""
+def protected(session: Session, model: str, *, everything: bool, released: bool = False) -> list[ProtectedAnswer]:
+    """The protected answers in force; with `released`, those too that a change overrules which is on.
+
+    An answer that a change brought is in force only while the change is active.
+    """
     query = select(ProtectedRow).where(ProtectedRow.model_hash == model).order_by(ProtectedRow.id)
     if not everything:
         query = query.outerjoin(ChangeRow, ProtectedRow.change_id == ChangeRow.id).where(
             ProtectedRow.active, or_(ProtectedRow.change_id.is_(None), ChangeRow.state == "active")
         )
+    if not everything and not released:
+        other = aliased(ChangeRow)
+        overruled = select(ReleaseRow.protected_id).join(other, ReleaseRow.change_id == other.id)
+        query = query.where(ProtectedRow.id.not_in(overruled.where(other.state == "active")))
     return [to_record(ProtectedAnswer, row) for row in session.scalars(query)]
 
 

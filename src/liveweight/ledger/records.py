@@ -187,6 +187,13 @@ class Intent(Record):
     closed_at: datetime | None
 
 
+class Release(Record):
+    """A change overrules a protected answer, as long as it is on."""
+
+    protected: int
+    change: int
+
+
 class ProtectedAnswer(Spoken):
     """An answer that changes must leave as it is."""
 

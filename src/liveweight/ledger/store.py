@@ -43,7 +43,7 @@ from liveweight.ledger.records import (
     plain,
     turns_as_json,
 )
-from liveweight.ledger.tables import ChangeRow, EventRow, IntentRow, ProtectedRow, ReportRow
+from liveweight.ledger.tables import ChangeRow, EventRow, IntentRow, ProtectedRow, ReleaseRow, ReportRow
 from liveweight.ledger.talk import Talk
 
 Id = int | str  # 3 or "c3"
@@ -221,10 +221,24 @@ class Ledger(Talk, Queue):
             moves.note(session, "protected", f"p{row.id}", model, {"change": origin, "feedback": feedback})
             return reading.to_record(ProtectedAnswer, row)
 
-    def protected(self, model: str, *, everything: bool = False) -> list[ProtectedAnswer]:
-        """The protected answers in force, or all that ever were."""
+    def protected(self, model: str, *, everything: bool = False, released: bool = False) -> list[ProtectedAnswer]:
+        """The protected answers in force, with those that active changes overrule, or all that ever were."""
         with self._read() as session:
-            return reading.protected(session, model, everything=everything)
+            return reading.protected(session, model, everything=everything, released=released)
+
+    def release(self, answer: Id, change: Id) -> None:
+        """Let a change overrule a protected answer, as long as it is on."""
+        with self._write() as session:
+            kept, over = reading.find(session, ProtectedRow, answer, "p"), reading.find_change(session, change)
+            if session.get(ReleaseRow, (kept.id, over.id)) is None:
+                session.add(ReleaseRow(protected_id=kept.id, change_id=over.id))
+                moves.note(session, "released", f"p{kept.id}", kept.model_hash, {"change": over.id})
+
+    def released_by(self, change: Id) -> list[int]:
+        """The protected answers that a change overrules while it is on."""
+        with self._read() as session:
+            row = reading.find_change(session, change)
+            return list(session.scalars(select(ReleaseRow.protected_id).where(ReleaseRow.change_id == row.id)))
 
     def unprotect(self, answer: Id) -> ProtectedAnswer:
         """Let an answer be changed again; the record stays. Raises InvalidInput for an unknown id."""

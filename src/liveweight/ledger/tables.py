@@ -174,6 +174,14 @@ class ProtectedRow(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
 
+class ReleaseRow(Base):
+    """A change overrules a protected answer, as long as it is on."""
+
+    __tablename__ = "releases"
+    protected_id: Mapped[int] = mapped_column(ForeignKey("protected_answers.id"), primary_key=True)
+    change_id: Mapped[int] = mapped_column(ForeignKey("changes.id"), primary_key=True)
+
+
 class IntentRow(Base):
     """What is about to be done to the weights, written before it is done. At most one a model is open."""
 
