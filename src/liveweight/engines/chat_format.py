@@ -103,8 +103,8 @@ class ChatFormat:
             if broken is None:
                 raise
             raise InvalidInput(
-                f"The text holds {broken!r}, half of a character, at place {text.index(broken)}.",
-                hint="Take it out, or complete it: was the text cut in the middle of an emoji?",
+                f"The text holds {broken!r}, which is half of a character.",
+                hint="Was it cut in the middle of an emoji, or is it in another encoding than UTF-8?",
             ) from error
         return ids
 
