@@ -179,21 +179,25 @@ class Chatter:
 
         Raises InvalidInput for a chat that the model cannot take.
         """
-        system = self._defaults.system
-        if system is not None and messages[0].role != "system":
-            # Written into the chat, so that the reply can be asked for again under other settings.
-            messages = (Message("system", system), *messages)
+        messages = self._with_system(messages)
         return ReplyStream(
             self._engine, self._ledger, messages, sampling, generate or self._engine.continue_from, place
         )
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The settings' system prompt before a chat that has none.
+
+        Written into the chat, so that the reply can be asked for again under other settings.
+        """
+        system = self._defaults.system
+        return messages if system is None or messages[0].role == "system" else (Message("system", system), *messages)
 
     def recalled(self, asked: Sequence[tuple[Sequence[Message], str | None]]) -> list[Reply]:
         """Replies to chats as they were given elsewhere, remembered; where none was, the greedy one of now.
 
         What has to be asked is asked in batches. Raises InvalidInput for an empty question.
         """
-        system = self._defaults.system
-        chats = [as_messages(chat, (), None if chat[0].role == "system" else system) for chat, _ in asked]
+        chats = [self._with_system(as_messages(chat)) for chat, _ in asked]
         prompts = [self._engine.encode(chat) for chat in chats]
         missing = [index for index, (_, answer) in enumerate(asked) if not answer]
         said: dict[int, list[int]] = {}

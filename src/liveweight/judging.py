@@ -177,7 +177,7 @@ class Judge:
             kind=said.kind,
             wanted=said.wanted,
             previous=self._previous(reply),
-            rejected=[told["before"] for told in self._told(digest, "bad")] if said.kind == "bad" else (),
+            rejected=[answer for _, answer in self._rejected(digest)] if said.kind == "bad" else (),
         )
         key = key_of(engine, case.contexts[0].prompt)
         wanted = said.wanted if said.kind == "fix" else None
@@ -199,10 +199,10 @@ class Judge:
         taught = change.wanted if change.wanted is not None else first_sentence(str(told.get("after", "")))
         return has_words(reply.text.lower(), taught.strip().rstrip(".").lower())
 
-    def _told(self, digest: str, verdict: Kind) -> list[dict[str, Any]]:
-        """The reports of the active changes on a prompt that such a verdict made."""
-        on = self._ledger.conflicts(self._model, digest)
-        return [told for each in on if (told := self._ledger.report(each.id)).get("verdict") == verdict]
+    def _rejected(self, digest: str) -> list[tuple[str, str]]:
+        """The active changes that took an answer to a prompt away, by their ids, and the answers."""
+        on = [(each, self._ledger.report(each.id)) for each in self._ledger.conflicts(self._model, digest)]
+        return [(each.label, str(told["before"])) for each, told in on if told.get("verdict") == "bad"]
 
     def settled(self, kind: Kind, reply: Reply, known: bool) -> str | None:
         """What there is already that a rating of a reply asks for, by its id; None where there is nothing.
@@ -213,9 +213,7 @@ class Judge:
         if kind == "good":
             same = [each for each in self._ledger.protected(self._model) if prompt_hash(messages_of(each)) == digest]
             return next((each.label for each in same if each.answer.strip() == reply.text.strip()), None)
-        on = [(each, self._ledger.report(each.id)) for each in self._ledger.conflicts(self._model, digest)]
-        bad = [(each, told["before"]) for each, told in on if told.get("verdict") == "bad"]
-        return next((each.label for each, before in bad if not known or before == reply.text), None)
+        return next((label for label, before in self._rejected(digest) if not known or before == reply.text), None)
 
     def _previous(self, reply: Reply) -> list[Answered]:
         """Prompt and answer tokens of what is protected, but for this very question."""
@@ -406,11 +404,15 @@ class Judge:
         with engine.gate.step(), torch.inference_mode():
             return float(engine.leads(final, torch.tensor(list(answer), device=final.device))[0].min())
 
-    def require_no_conflict(self, change: int, but: int | None = None) -> None:
-        """Raises StateConflict when an active change contradicts this one, `but` that one."""
-        record = self._ledger.change(change, model=self._model)
+    def contradicting(self, record: Record) -> list[Record]:
+        """The active changes that contradict one of the ledger's."""
         others = self._ledger.conflicts(self._model, record.prompt_hash, wanted=record.wanted)
-        other = next((each for each in others if each.id not in (record.id, but)), None)
+        return [each for each in others if each.id != record.id]
+
+    def require_no_conflict(self, change: int) -> None:
+        """Raises StateConflict when an active change contradicts this one."""
+        record = self._ledger.change(change, model=self._model)
+        other = next(iter(self.contradicting(record)), None)
         if other is not None:
             raise StateConflict(
                 f"{other.label} is on and answers the same question otherwise ({other.wanted!r}, not"

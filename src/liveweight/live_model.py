@@ -491,13 +491,12 @@ class LiveModel(Reading):
 
     def _replaced_by(self, number: int) -> list[int]:
         """What a change replaced and what no other active one contradicts."""
-        found = []
-        for other in self.ledger.changes(self.engine.info.hash, states=["off"]):
-            if other.replaced_by == number:
-                with suppress(StateConflict):
-                    self._judge.require_no_conflict(other.id, but=number)
-                    found.append(other.id)
-        return found
+        off = self.ledger.changes(self.engine.info.hash, states=["off"])
+        return [
+            each.id
+            for each in off
+            if each.replaced_by == number and all(other.id == number for other in self._judge.contradicting(each))
+        ]
 
     def fold(self, change: ChangeLike) -> Change:
         """Say a change that acts while the model runs (a gain, a constant steering, …) in the weights instead.

@@ -231,11 +231,12 @@ class Batcher:
         piece = chunks(stream.generation.ids[stream.fed :])[0]
         logits = self._feed(stream, piece)
         self.prompt_tokens += len(piece)
-        if stream.fed < len(stream.generation.ids):  # the others' turn: nobody waits for the whole of a long prompt
-            self._running.remove(stream)
-            self._running.append(stream)
         # The last token of all may be left over: it is read as one that was said is, in the next step.
-        return [] if stream.fed < len(stream.generation.ids) else [self._drawn(stream, logits)]
+        if stream.fed == len(stream.generation.ids):
+            return [self._drawn(stream, logits)]
+        self._running.remove(stream)  # the others' turn: nobody waits for the whole of a long prompt
+        self._running.append(stream)
+        return []
 
     def _packed(self, readers: Sequence[TokenStream]) -> list[TokenStream]:
         """The first one with those that fit into one pass with it; it alone where it has to be read alone.

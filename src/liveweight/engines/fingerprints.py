@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,14 +53,21 @@ def remembered(cache_dir: Path, what: str, files: Sequence[Path], compute: Calla
     return value
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small text so that no reader, and no crash, ever sees half of it."""
+@contextmanager
+def in_place_of(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when the block ends: no reader, and no crash, sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        yield Path(temporary)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small text so that no reader, and no crash, ever sees half of it."""
+    with in_place_of(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

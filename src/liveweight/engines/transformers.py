@@ -7,7 +7,7 @@ Owns one loaded model: the state its weights and hooks are in, the gate before t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from threading import get_ident
@@ -254,13 +254,11 @@ class TransformersEngine:
     @cached_property
     def _places(self) -> int | None:
         """How many positions the model has learnt; None where it can be asked for any."""
-        return (
-            len(self.sites.weight("positions.weight").parameter) if self.sites.has_weight("positions.weight") else None
-        )
+        site = "positions.weight"
+        return len(self.sites.weight(site).parameter) if self.sites.has_weight(site) else None
 
-    def _fits(self, rows: Iterable[Sequence[int]]) -> None:
-        """Raises InvalidInput for a row of more tokens than the model has positions."""
-        longest = max(map(len, rows), default=0)
+    def _fits(self, longest: int) -> None:
+        """Raises InvalidInput for more tokens in a row than the model has positions."""
         if self._places is not None and longest > self._places:
             raise InvalidInput(
                 f"The text has {longest} tokens, and the model has {self._places} positions.",
@@ -275,9 +273,10 @@ class TransformersEngine:
         Where the model has too few positions for the longest prompt's, all of them end there. Raises InvalidInput for a
         prompt that fills them all.
         """
-        self._fits([*prompt, 0] for prompt in prompts)
+        longest = max(map(len, prompts), default=0)
+        self._fits(longest + 1)
         if self._places is not None:
-            tokens = min(tokens, self._places - max(map(len, prompts), default=0))
+            tokens = min(tokens, self._places - longest)
         with self.gate.step():  # else another thread's preview might begin or end between the look and the run
             if self._trees is None:
                 return self._greedy(prompts, tokens)
@@ -381,7 +380,7 @@ class TransformersEngine:
 
     def _scores(self, items: Sequence[ScoreItem]) -> list[Score]:
         rows = [[*item.prompt, *item.continuation] for item in items]
-        self._fits(rows)
+        self._fits(max(map(len, rows), default=0))
         starts = [len(item.prompt) - 1 for item in items]
         lengths = [len(item.continuation) for item in items]
         with self.gate.step(), torch.inference_mode():
@@ -415,7 +414,7 @@ class TransformersEngine:
 
     def logits(self, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         """Before each token of an answer and behind it: (T + 1, vocabulary), float32. Equal weights give equal bits."""
-        self._fits([[*prompt, *answer]])
+        self._fits(len(prompt) + len(answer))
         with self.gate.step(), self.activations.prompt(len(prompt)), torch.no_grad():
             ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
             final = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -450,7 +449,7 @@ class TransformersEngine:
 
         `prompts` are how many tokens of each row are its prompt; unset, all up to the suffix's first one.
         """
-        self._fits(rows)
+        self._fits(max(map(len, rows), default=0))
         told = partial(self.activations.prompt, [start + 1 for start in starts] if prompts is None else list(prompts))
         with self.gate.step(), told(), torch.no_grad():
             replay = record(

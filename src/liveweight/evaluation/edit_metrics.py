@@ -17,7 +17,6 @@ from liveweight.evaluation.answers import fluency, same_first_sentence, says
 from liveweight.evaluation.edits import Edit, Form
 from liveweight.evaluation.generation import generate_batch
 
-_NEIGHBOURS = 2  # their place in what is compared of an edit
 _REPLY = 32  # tokens of a reply that is judged by its first sentence
 
 
@@ -155,12 +154,12 @@ class EditMeter:
         found = []
         for edit in cases:
             groups = []
-            for number, (_, olds) in enumerate(_compared(edit)):
+            for (_, olds), neighbours in zip(_compared(edit), (False, False, True), strict=True):
                 group = []
                 for old in olds:
                     new = next(scores)
                     true = next(scores) if old is not None else None
-                    said = true.greedy if number == _NEIGHBOURS and true is not None else new.greedy
+                    said = true.greedy if neighbours and true is not None else new.greedy
                     group.append(Likelihood(new.mean_nll, None if true is None else true.mean_nll, said))
                 groups.append(group)
             found.append(tuple(groups))

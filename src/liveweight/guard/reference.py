@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +21,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from liveweight.engines.fingerprints import in_place_of
 from liveweight.engines.replay import packed_paths, packed_prompts, run_whole
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.guard.probe_set import Probe, ProbeSet
@@ -211,11 +210,5 @@ def batches(chosen: list[int], rows: Sequence[Row]) -> Iterator[list[int]]:
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
     """Written beside and then moved, so that a file is whole or not there, whoever else writes it."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with in_place_of(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)

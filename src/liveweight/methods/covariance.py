@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from liveweight.engines.fingerprints import in_place_of
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.errors import InvalidInput, NoSpace
 from liveweight.settings import MethodSettings
@@ -164,17 +163,11 @@ def _read(file: Path, neurons: int) -> Tensor | None:
 
 
 def _write(file: Path, values: Tensor) -> None:
-    temporary: str | None = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        os.close(handle)
-        save_file({"covariance": values}, temporary)
-        os.replace(temporary, file)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with in_place_of(file) as temporary:
+            save_file({"covariance": values}, temporary)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(
                 f"The disk of {file.parent} became full while key statistics were kept.",
                 hint="Free some space, or point LIVEWEIGHT_CACHE_DIR at another disk; nothing half-made was kept.",

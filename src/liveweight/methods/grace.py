@@ -84,16 +84,15 @@ def propose(engine: TransformersEngine, case: Case, settings: MethodSettings) ->
 def _layer(engine: TransformersEngine, settings: MethodSettings) -> int:
     """The layer whose stream is looked up: something has to be left to run behind it."""
     layers = engine.sites.layers
-    if settings.layer is None and layers > 1:
-        return min(round(DEPTH * layers), layers - 2)
+    layer = min(round(DEPTH * layers), layers - 2) if settings.layer is None else settings.layer
     if settings.layer is not None:
-        engine.sites.check_layer(settings.layer)
-    if settings.layer in (None, layers - 1):
+        engine.sites.check_layer(layer)
+    if not 0 <= layer < layers - 1:
         raise Unsupported(
             "grace needs a layer behind the one that it edits, and there is none.",
             hint=f"Choose a layer below {layers - 1}." if layers > 1 else "Choose another method.",
         )
-    return settings.layer
+    return layer
 
 
 def _left_alone(engine: TransformersEngine, case: Case, layer: int) -> Tensor:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liveweight.engines.base import Message
+from liveweight.engines.fingerprints import in_place_of
 from liveweight.engines.transformers import TransformersEngine
 from liveweight.methods.wording import everyday_questions, same_questions
 from liveweight.tracing.plain_text import plain_text
@@ -72,9 +73,8 @@ def surroundings(
 
 
 def _save(found: Surroundings, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({field.name: getattr(found, field.name).contiguous() for field in fields(found)}, partial)
-    partial.replace(path)
+    with in_place_of(path) as temporary:
+        save_file({field.name: getattr(found, field.name).contiguous() for field in fields(found)}, temporary)
 
 
 def _compute(

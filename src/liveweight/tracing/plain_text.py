@@ -59,8 +59,7 @@ def windows_of(
     """The first `tokens` tokens of a text (None: the text that ships) in windows; each is scored from its third on.
 
     A window has `length` tokens, or the model's context where that is less, and begins with what the tokenizer puts
-    before a text. Raises InvalidInput for a text of fewer
-    than three tokens.
+    before a text. Raises InvalidInput for a text of fewer than three tokens.
     """
     begin = engine.format.before_text
     length = max(3, window_length(engine, length) - len(begin))
